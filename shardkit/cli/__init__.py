@@ -1,0 +1,1 @@
+"""The commands: one small module a noun; parse, call, render."""

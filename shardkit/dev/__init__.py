@@ -1,0 +1,1 @@
+"""Development helpers: embedded PostgreSQL clusters and the demo."""

@@ -1,0 +1,1 @@
+"""What an application imports: declarations, routing, the session. Never starts a move."""

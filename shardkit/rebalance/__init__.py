@@ -1,0 +1,1 @@
+"""What an operator runs: plans and the mover. Drives core.move over storage; never imports orm."""

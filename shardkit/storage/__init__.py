@@ -1,0 +1,1 @@
+"""PostgreSQL: connections, guard, fence, catalog, replication, digests. Knows nothing of the ORM."""
