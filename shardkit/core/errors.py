@@ -1,0 +1,332 @@
+"""The one tree of errors.
+
+Every error has a ``code`` (its heading in ``docs/errors.md``), says whether the same work may succeed when it is
+tried again (``retryable``), the exit code of a command that ends with it, and fields for programs. The first
+paragraph of a class's docstring is the message for people who meet the bare class; the second is the remedy.
+
+This module owns nothing but the nouns; whoever raises one fills in the case.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+EXIT_OK = 0
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_REFUSED = 3
+EXIT_VERIFY = 4
+EXIT_RETRY = 5
+
+
+class ShardkitError(Exception):
+    """shardkit could not do this.
+
+    Read the message; it names the cause and the next step.
+    """
+
+    code: ClassVar[str] = "shardkit"
+    retryable: ClassVar[bool] = False
+    exit_code: ClassVar[int] = EXIT_REFUSED
+
+    def __init__(self, message: str | None = None, /, *, hint: str | None = None, **fields: Any) -> None:
+        self.message = message or self.default_message()
+        self.hint = hint or self.default_hint()
+        self.fields = fields
+        super().__init__(self.message)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "code" not in cls.__dict__:
+            cls.code = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    @classmethod
+    def _paragraphs(cls) -> list[str]:
+        return [" ".join(part.split()) for part in (cls.__doc__ or "").strip().split("\n\n")]
+
+    @classmethod
+    def default_message(cls) -> str:
+        """The first paragraph of the docstring."""
+        return cls._paragraphs()[0]
+
+    @classmethod
+    def default_hint(cls) -> str:
+        """The second paragraph of the docstring: what to do next."""
+        return (cls._paragraphs() + [""])[1]
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.message, self.hint, self.fields))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The error for ``--json``: code, message, hint, retryable and the fields."""
+        return {
+            "error": self.code,
+            "message": self.message,
+            "hint": self.hint,
+            "retryable": self.retryable,
+            **{name: _plain(value) for name, value in self.fields.items()},
+        }
+
+
+def _rebuild(cls: type[ShardkitError], message: str, hint: str, fields: dict[str, Any]) -> ShardkitError:
+    return cls(message, hint=hint, **fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return str(value)
+
+
+# --- what the caller did -------------------------------------------------------------------------------------------
+
+
+class UsageError(ShardkitError):
+    """The command or call was not used as it must be.
+
+    See `shardkit COMMAND --help`.
+    """
+
+    exit_code = EXIT_USAGE
+
+
+class KeyTypeError(UsageError, TypeError):
+    """This value cannot be a shard key.
+
+    A shard key is an int within the signed 64 bits, a str without surrogates, or a uuid.UUID; never None.
+    """
+
+
+class DeclarationError(UsageError):
+    """A table is declared in a way that cannot work on shards.
+
+    Correct the declaration of the model.
+    """
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+class Refused(ShardkitError):
+    """shardkit refuses this, and nothing was changed.
+
+    Remove the reason named above and try again.
+    """
+
+
+class TopologyInvalid(Refused):
+    """This topology does not describe a ring.
+
+    It was edited or damaged: restore the one the catalog holds.
+    """
+
+
+class NotInitialised(Refused):
+    """This database holds no shardkit catalog.
+
+    Run `shardkit init --catalog URL` first, or correct the URL.
+    """
+
+
+class AlreadyShard(Refused):
+    """This database is a shard already.
+
+    Name another database, or remove the shard from the other catalog first.
+    """
+
+
+class NameTaken(Refused):
+    """A shard of this name exists already.
+
+    Choose another name; `shardkit shard list` shows those in use.
+    """
+
+
+class NoSuchShard(Refused):
+    """There is no shard of this name.
+
+    `shardkit shard list` shows the shards.
+    """
+
+
+class ShardNotEmpty(Refused):
+    """This database has rows in tables that are to be sharded.
+
+    Empty them, or name an empty database: a new shard takes its rows from the others.
+    """
+
+
+class PreflightFailed(Refused):
+    """The move cannot start.
+
+    Every reason is listed; remove them all and run it again.
+    """
+
+
+class UndeclaredTable(Refused):
+    """This table is not declared to the cluster, so a move would not carry its rows.
+
+    Call `cluster.create_all(metadata)` or `cluster.declare(metadata)` once, when the table is added.
+    """
+
+
+class UnroutableQuery(Refused):
+    """This statement cannot be proved to return on shards what one database would return.
+
+    Bind every sharded table of it to one shard key, or split it.
+    """
+
+
+class CrossShardWrite(Refused):
+    """This transaction would write to a second shard.
+
+    Commit first, or keep the entities written together under one shard key.
+    """
+
+
+class UnguardedStatement(Refused):
+    """A statement was about to run on a shard outside a guarded transaction.
+
+    Use the session, or a transaction begun through it: autocommit and driver-level transactions have no fence.
+    """
+
+
+class JobRunning(Refused):
+    """A job is unfinished, and topology changes are made one at a time.
+
+    `shardkit rebalance status` shows it; finish it with `shardkit rebalance resume`.
+    """
+
+
+class NothingToDo(Refused):
+    """There is no unfinished job.
+
+    `shardkit rebalance plan` shows what a new one would move.
+    """
+
+
+class IncompatibleServer(Refused):
+    """This server cannot be a shard.
+
+    PostgreSQL 15 or newer with wal_level=logical is needed.
+    """
+
+
+class ShardBehind(Refused):
+    """A shard holds an older topology than the catalog and others rely on.
+
+    It was restored or failed over to an older state: keep applications away from it and run `shardkit doctor`.
+    """
+
+
+class IdentityConflict(Refused):
+    """Two shards returned rows of one primary key.
+
+    Primary keys must be unique over all shards: put the shard key into them or use UUIDs.
+    """
+
+
+class MoveTableError(Refused):
+    """This event cannot happen in this phase of a move.
+
+    The state table has no such transition; report this as a bug with the output of `shardkit rebalance status --json`.
+    """
+
+    exit_code = EXIT_BUG
+
+
+class DemoFailed(ShardkitError):
+    """The demo found a difference between what was acknowledged and what the shards hold.
+
+    The report above names each failed check.
+    """
+
+    exit_code = EXIT_VERIFY
+
+
+class VerificationFailed(ShardkitError):
+    """The copy differs from its source, so the move was stopped before the cutover.
+
+    The rows are named above: find who else writes to the target, then `shardkit rebalance resume`.
+    """
+
+    exit_code = EXIT_VERIFY
+
+
+# --- try again -----------------------------------------------------------------------------------------------------
+
+
+class RetryLater(ShardkitError):
+    """This did not work now and may work later.
+
+    Try again.
+    """
+
+    retryable = True
+    exit_code = EXIT_RETRY
+
+
+class TopologyChanged(RetryLater):
+    """Keys of this transaction changed their shard while it ran.
+
+    Roll back and run the unit of work again.
+    """
+
+
+class TopologyUnsettled(RetryLater):
+    """A shard has not yet taken the topology that the others have.
+
+    A change was interrupted between two shards: run `shardkit rebalance resume`, then try again.
+    """
+
+
+class ShardUnreachable(RetryLater):
+    """A shard does not answer.
+
+    Check the server and its URL in `shardkit shard list`; keys of other shards are not affected.
+    """
+
+
+class CatalogUnreachable(RetryLater):
+    """The catalog database does not answer.
+
+    Check the URL; running applications go on without it, changes of topology wait.
+    """
+
+
+class CommitUnknown(RetryLater):
+    """The connection was lost during COMMIT, so it is not known whether the transaction was committed.
+
+    Look for what it wrote before you do it again.
+    """
+
+    retryable = False
+
+
+class LeaseHeld(RetryLater):
+    """Another mover is at work.
+
+    Wait for it (`shardkit rebalance status`), or stop that process first.
+    """
+
+
+class MoverSuperseded(RetryLater):
+    """Another mover has taken over, so this one stopped without a further change.
+
+    Nothing to do here; `shardkit rebalance status` shows who continues.
+    """
+
+
+class MoveWaiting(RetryLater):
+    """A move waited longer than it may for something outside it.
+
+    The reason is named above; then `shardkit rebalance resume`.
+    """

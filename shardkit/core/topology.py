@@ -1,0 +1,314 @@
+"""The topology: which shard owns which arcs, as an immutable value with a version.
+
+Every change makes the next value from the one before (`joined`, `marked`, `cut_over`, `unmarked`, `declared`); who
+calls them (the mover, the commands) persists the result before a shard sees it. Pure: no I/O, and `to_json` /
+`from_json` are exact inverses, so that the copies on the shards and in the catalog can be compared by digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self, cast
+
+from .errors import NoSuchShard, TopologyInvalid
+from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
+from .ring import Ring
+
+KeyType = Literal["int", "text", "uuid"]
+KEY_TYPES: tuple[KeyType, ...] = ("int", "text", "uuid")
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_DIGEST = re.compile(r"[0-9a-f]{8}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fence:
+    """Name of the relation by which a shard proves a topology: the version that last changed what this shard owns or
+    holds, and 8 hex digits of that topology's digest (two proposals of one number never share a name)."""
+
+    version: int
+    digest: str
+
+    @property
+    def relation(self) -> str:
+        """Unqualified name of the relation in schema ``shardkit``."""
+        return f"fence_{self.version}_{self.digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedTable:
+    """A table spread over the shards: its schema, name, key column and the type family of the key."""
+
+    schema: str
+    name: str
+    key: str
+    key_type: KeyType
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One PostgreSQL database with a name.
+
+    ``url`` never holds a password. ``in_transit`` are arcs whose rows may exist here though they are not owned.
+    """
+
+    id: int
+    name: str
+    url: str
+    fence: Fence
+    weight: int = 100
+    in_transit: ArcSet = field(default_factory=ArcSet)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Shards and tokens under a version.
+
+    ``tokens`` are strictly increasing positions, the last one the largest position, so that no arc wraps round;
+    ``owners[i]`` is the id of the shard that owns the positions after ``tokens[i - 1]`` up to ``tokens[i]``.
+    ``tables`` are the sharded tables: what a move carries.
+    """
+
+    version: int
+    shards: tuple[Shard, ...]
+    tokens: tuple[int, ...]
+    owners: tuple[int, ...]
+    tables: tuple[ShardedTable, ...] = ()
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise TopologyInvalid(f"topology {self.version}: {problem}")
+
+    def _problem(self) -> str | None:
+        ids = [shard.id for shard in self.shards]
+        names = [shard.name for shard in self.shards]
+        if self.version < 1:
+            return "the version is below 1"
+        if not ids:
+            return "it has no shard"
+        if len(set(ids)) < len(ids) or len(set(names)) < len(names):
+            return "two shards share an id or a name"
+        if any(not 0 <= shard_id <= 0xFFFF for shard_id in ids):
+            return "a shard id is not within 0 to 65535"
+        if bad := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
+            return f"not a shard name: {bad[0]!r} (letters, digits, '_', '.', '-', 63 at most)"
+        if bad_fence := [s.name for s in self.shards if not _DIGEST.fullmatch(s.fence.digest) or s.fence.version < 1]:
+            return f"the fence of shard {bad_fence[0]} has no valid name"
+        if any(shard.fence.version > self.version for shard in self.shards):
+            return "a fence is newer than the topology"
+        if any(shard.weight < 0 for shard in self.shards):
+            return "a weight is negative"
+        if not self.tokens or len(self.tokens) != len(self.owners):
+            return "tokens and owners differ in number"
+        if self.tokens[-1] != POSITION_MAX or self.tokens[0] < POSITION_MIN:
+            return "the last token is not the largest position"
+        if any(a >= b for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
+            return "tokens are not strictly increasing"
+        if not set(self.owners) <= set(ids):
+            return "an owner is no shard"
+        if any(shard.in_transit & self.owned(shard.id) for shard in self.shards):
+            return "an arc is owned and in transit on one shard"
+        qualified = [(table.schema, table.name) for table in self.tables]
+        if len(set(qualified)) < len(qualified):
+            return "a table is declared twice"
+        return None
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def ring(self) -> Ring:
+        """The lookup structure: position or key to shard id."""
+        return Ring(self.tokens, self.owners)
+
+    @cached_property
+    def by_id(self) -> Mapping[int, Shard]:
+        """Shards by id."""
+        return {shard.id: shard for shard in self.shards}
+
+    @cached_property
+    def by_table(self) -> Mapping[tuple[str, str], ShardedTable]:
+        """Sharded tables by (schema, name)."""
+        return {(table.schema, table.name): table for table in self.tables}
+
+    @cached_property
+    def _arcs(self) -> Mapping[int, ArcSet]:
+        arcs: dict[int, list[Arc]] = {shard.id: [] for shard in self.shards}
+        first = POSITION_MIN
+        for token, owner in zip(self.tokens, self.owners, strict=True):
+            arcs[owner].append(Arc(first, token))
+            first = token + 1
+        return {shard_id: ArcSet(owned) for shard_id, owned in arcs.items()}
+
+    def owned(self, shard_id: int) -> ArcSet:
+        """The arcs that a shard owns."""
+        return self._arcs[shard_id]
+
+    def named(self, name: str) -> Shard:
+        """The shard of this name; `NoSuchShard` if there is none."""
+        for shard in self.shards:
+            if shard.name == name:
+                return shard
+        known = ", ".join(sorted(shard.name for shard in self.shards))
+        raise NoSuchShard(f"There is no shard {name!r}; there are: {known}.", name=name)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the content. Fences of this version carry the digest in their names, so there the digest
+        itself is left out of what is hashed."""
+        document = self.to_json()
+        for shard in document["shards"]:
+            if shard["fence"][0] == self.version:
+                shard["fence"] = [self.version]
+        return hashlib.sha256(_canonical(document).encode()).hexdigest()
+
+    # --- the next value --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def first(cls, shards: Sequence[tuple[int, str, str, int]], tokens: Sequence[int], owners: Sequence[int]) -> Self:
+        """Version 1 from (id, name, url, weight) of each shard, tokens and owners."""
+        unnamed = Fence(1, "0" * 8)
+        made = cls(
+            1,
+            tuple(Shard(sid, name, url, unnamed, weight) for sid, name, url, weight in shards),
+            tuple(tokens),
+            tuple(owners),
+        )
+        return made._refenced({shard.id for shard in made.shards})
+
+    def _refenced(self, changed: Iterable[int]) -> Self:
+        """The same topology with the fences of ``changed`` shards named after it."""
+        changed = set(changed)
+        blank = self._with_fences(changed, "0" * 8)
+        return blank._with_fences(changed, blank.digest[:8])
+
+    def _with_fences(self, changed: set[int], digest: str) -> Self:
+        fence = Fence(self.version, digest)
+        return replace(
+            self, shards=tuple(replace(s, fence=fence) if s.id in changed else s for s in self.shards)
+        )
+
+    def _next(self, version: int, changed: Iterable[int], **values: Any) -> Self:
+        if version <= self.version:
+            raise TopologyInvalid(f"version {version} does not follow {self.version}")
+        return replace(self, version=version, **values)._refenced(changed)
+
+    def _with_shard(self, changed: Shard) -> tuple[Shard, ...]:
+        return tuple(changed if shard.id == changed.id else shard for shard in self.shards)
+
+    def joined(self, version: int, *, shard_id: int, name: str, url: str, weight: int) -> Self:
+        """A shard that owns nothing yet joins. Every fence changes: every shard's writers of reference tables must
+        learn of it."""
+        newcomer = Shard(shard_id, name, url, Fence(version, "0" * 8), weight)
+        shards = (*self.shards, newcomer)
+        return self._next(version, (shard.id for shard in shards), shards=shards)
+
+    def marked(self, version: int, shard_id: int, arcs: ArcSet) -> Self:
+        """``arcs`` are in transit on a shard that does not own them: rows of them are about to arrive."""
+        shard = self.by_id[shard_id]
+        return self._next(
+            version, [shard_id], shards=self._with_shard(replace(shard, in_transit=shard.in_transit | arcs))
+        )
+
+    def unmarked(self, version: int, shard_id: int, arcs: ArcSet) -> Self:
+        """No row of ``arcs`` is left on a shard that does not own them."""
+        shard = self.by_id[shard_id]
+        return self._next(
+            version, [shard_id], shards=self._with_shard(replace(shard, in_transit=shard.in_transit - arcs))
+        )
+
+    def cut_over(self, version: int, source: int, target: int, arcs: ArcSet) -> Self:
+        """``arcs`` pass from ``source`` to ``target``: there the mark ends, on the source it begins."""
+        if not self.owned(source).issuperset(arcs):
+            raise TopologyInvalid(f"shard {source} does not own all of {arcs}")
+        if not self.by_id[target].in_transit.issuperset(arcs):
+            raise TopologyInvalid(f"shard {target} does not hold all of {arcs} in transit")
+        tokens, owners = _assigned(self.tokens, self.owners, arcs, target)
+        shards = tuple(
+            replace(shard, in_transit=shard.in_transit | arcs)
+            if shard.id == source
+            else replace(shard, in_transit=shard.in_transit - arcs)
+            if shard.id == target
+            else shard
+            for shard in self.shards
+        )
+        return self._next(version, [source, target], shards=shards, tokens=tokens, owners=owners)
+
+    def declared(self, version: int, tables: Iterable[ShardedTable]) -> Self:
+        """The sharded tables are these. No fence changes: no row changes its shard."""
+        ordered = tuple(sorted(tables, key=lambda table: (table.schema, table.name)))
+        return self._next(version, [], tables=ordered)
+
+    # --- JSON ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The topology as JSON values; `from_json` is the exact inverse."""
+        return {
+            "version": self.version,
+            "shards": [
+                {
+                    "id": shard.id,
+                    "name": shard.name,
+                    "url": shard.url,
+                    "weight": shard.weight,
+                    "fence": [shard.fence.version, shard.fence.digest],
+                    "in_transit": [list(arc) for arc in shard.in_transit],
+                }
+                for shard in self.shards
+            ],
+            "tokens": list(self.tokens),
+            "owners": list(self.owners),
+            "tables": [[t.schema, t.name, t.key, t.key_type] for t in self.tables],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """The topology of a document made by `to_json`; `TopologyInvalid` if it is none."""
+        try:
+            shards = tuple(
+                Shard(
+                    entry["id"],
+                    entry["name"],
+                    entry["url"],
+                    Fence(*entry["fence"]),
+                    entry["weight"],
+                    ArcSet(Arc(first, last) for first, last in entry["in_transit"]),
+                )
+                for entry in document["shards"]
+            )
+            tables = tuple(ShardedTable(*entry) for entry in document["tables"])
+            if not {table.key_type for table in tables} <= set(KEY_TYPES):
+                raise ValueError("unknown key type")
+            return cls(document["version"], shards, tuple(document["tokens"]), tuple(document["owners"]), tables)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
+
+
+def _canonical(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _assigned(
+    tokens: Sequence[int], owners: Sequence[int], arcs: ArcSet, owner: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens and owners after ``arcs`` were given to ``owner``, with no token that separates equal owners."""
+    ends = sorted({*tokens, *(arc.first - 1 for arc in arcs if arc.first > POSITION_MIN), *(arc.last for arc in arcs)})
+    lookup = Ring(tokens, owners)
+    new_tokens: list[int] = []
+    new_owners: list[int] = []
+    for end in ends:
+        now = owner if end in arcs else lookup.owner_at(end)
+        if new_owners and new_owners[-1] == now:
+            new_tokens[-1] = end
+        else:
+            new_tokens.append(end)
+            new_owners.append(now)
+    return tuple(new_tokens), tuple(cast(list[int], new_owners))
