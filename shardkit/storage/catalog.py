@@ -1,0 +1,300 @@
+"""The catalog: topologies, the lease of the mover, jobs with their transfers, the audit trail.
+
+One `Catalog` is one connection. Reading needs nothing; every write belongs to the holder of the lease and fails with
+`MoverSuperseded` once another has taken it. The lease is an advisory lock, so that it ends with its process, and a
+token that only grows, so that a process which merely seemed dead can do no harm when it wakes: all it writes, here
+and on the shards, names the token.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+from uuid import UUID, uuid4
+
+import psycopg
+from psycopg.types.json import Jsonb
+
+from ..core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised
+from ..core.keyrange import Arc, ArcSet
+from ..core.move import Phase
+from ..core.placement import Placement
+from ..core.topology import Topology
+from .connections import Connection, connect_catalog, value
+from .topologies import read_current
+
+LEASE_LOCK = 0x6C656173_65000001
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One change of placement: its kind, goal and state (running, done, aborted)."""
+
+    id: int
+    kind: str
+    state: str
+    goal: Placement
+    attempts: int
+    last_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRow:
+    """A transfer as it is stored: ``record`` holds what its actions made or measured."""
+
+    id: int
+    job_id: int
+    source: int
+    target: int
+    arcs: ArcSet
+    phase: Phase
+    record: dict[str, Any]
+    attempts: int
+    last_error: str | None
+    waiting_for: str | None
+
+
+_TRANSFER_COLUMNS = "id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for"
+
+
+def _transfer(row: tuple[Any, ...]) -> TransferRow:
+    arcs = ArcSet(Arc(first, last) for first, last in row[4])
+    return TransferRow(row[0], row[1], row[2], row[3], arcs, Phase(row[5]), *row[6:])
+
+
+def whoami() -> str:
+    """The actor of the audit trail: user, host and process."""
+    return f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}"
+
+
+class Catalog:
+    """The catalog through one connection; a context manager that closes it."""
+
+    def __init__(self, connection: Connection, url: str) -> None:
+        self.connection = connection
+        self.url = url
+        self.token: int | None = None
+
+    @classmethod
+    def open(cls, url: str, *, application: str = "shardkit") -> Self:
+        """Connect; `CatalogUnreachable`, or `NotInitialised` where there is no catalog."""
+        connection = connect_catalog(url, application=application)
+        catalog = cls(connection, url)
+        if not catalog.is_initialised():
+            connection.close()
+            raise NotInitialised
+        return catalog
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.connection.close()
+
+    def is_initialised(self) -> bool:
+        """Whether this database holds a catalog."""
+        if value(self.connection, "SELECT to_regclass('shardkit.cluster')") is None:
+            return False
+        return value(self.connection, "SELECT 1 FROM shardkit.cluster") is not None
+
+    def initialise(self) -> UUID:
+        """Give a new catalog its identity; the one it has if it has one."""
+        self.connection.execute(
+            "INSERT INTO shardkit.cluster (id) VALUES (%s) ON CONFLICT DO NOTHING", (uuid4(),)
+        )
+        return self.cluster_id()
+
+    def cluster_id(self) -> UUID:
+        """The identity that every shard of this catalog carries."""
+        found = value(self.connection, "SELECT id FROM shardkit.cluster")
+        assert isinstance(found, UUID)
+        return found
+
+    # --- the lease -------------------------------------------------------------------------------------------------
+
+    def take_lease(self) -> int:
+        """Become the mover: a new token, and `LeaseHeld` naming the process that is at work."""
+        if not value(self.connection, "SELECT pg_try_advisory_lock(%s)", (LEASE_LOCK,)):
+            holder = value(self.connection, "SELECT holder FROM shardkit.lease")
+            raise LeaseHeld(f"Another mover is at work: {holder}.", holder=holder)
+        self.token = value(
+            self.connection,
+            "UPDATE shardkit.lease SET token = token + 1, holder = %s, taken_at = now() RETURNING token",
+            (whoami(),),
+        )
+        assert self.token is not None
+        return self.token
+
+    def use_lease(self, token: int) -> Self:
+        """Write under a lease that another connection of this process holds."""
+        self.token = token
+        return self
+
+    @contextmanager
+    def writing(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
+        """A transaction that belongs to the lease; `MoverSuperseded` if it was taken by another."""
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM shardkit.lease WHERE token = %s FOR SHARE", (self.token,))
+            if cursor.fetchone() is None:
+                raise MoverSuperseded
+            yield cursor
+
+    def event(self, cursor: psycopg.Cursor[Any], event: str, *, job: int | None = None, transfer: int | None = None,
+              **detail: Any) -> None:  # fmt: skip
+        """Add to the audit trail, in the transaction of what it tells."""
+        cursor.execute(
+            "INSERT INTO shardkit.events (actor, job_id, transfer_id, event, detail) VALUES (%s, %s, %s, %s, %s)",
+            (whoami(), job, transfer, event, Jsonb(detail)),
+        )
+
+    # --- topologies ------------------------------------------------------------------------------------------------
+
+    def current(self) -> Topology | None:
+        """The topology in force; None before the first shard."""
+        return read_current(self.connection)
+
+    def proposed(self) -> Topology | None:
+        """The one change that is pending, if there is one."""
+        row = self.connection.execute(
+            "SELECT document FROM shardkit.topologies WHERE state = 'proposed'"
+        ).fetchone()
+        return Topology.from_json(row[0]) if row else None
+
+    def next_version(self) -> int:
+        """A version that was never used, not by an abandoned proposal either."""
+        return int(value(self.connection, "SELECT coalesce(max(version), 0) + 1 FROM shardkit.topologies"))
+
+    def propose(self, topology: Topology) -> None:
+        """Store a change before any shard sees it; fails if another is pending."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "INSERT INTO shardkit.topologies (version, state, digest, document) VALUES (%s, 'proposed', %s, %s)",
+                (topology.version, topology.digest, Jsonb(topology.to_json())),
+            )
+
+    def record(self, topology: Topology) -> None:
+        """The proposed topology is in force on every shard it changes."""
+        with self.writing() as cursor:
+            cursor.execute("UPDATE shardkit.topologies SET state = 'past' WHERE state = 'current'")
+            cursor.execute(
+                "UPDATE shardkit.topologies SET state = 'current', recorded_at = now() "
+                "WHERE version = %s AND state = 'proposed'",
+                (topology.version,),
+            )
+            if cursor.rowcount != 1:
+                raise MoverSuperseded
+            self.event(cursor, "topology", version=topology.version, digest=topology.digest)
+
+    def discard(self, topology: Topology) -> None:
+        """The proposed topology cannot come into force any more; its number stays used."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.topologies SET state = 'impossible' WHERE version = %s AND state = 'proposed'",
+                (topology.version,),
+            )
+
+    # --- jobs and transfers ----------------------------------------------------------------------------------------
+
+    def create_job(self, kind: str, goal: Placement) -> int:
+        """Store a job and its transfers, all planned; `JobRunning` if one is unfinished."""
+        if self.running_job() is not None:
+            raise JobRunning
+        with self.writing() as cursor:
+            cursor.execute(
+                "INSERT INTO shardkit.jobs (kind, state, goal) VALUES (%s, 'running', %s) RETURNING id",
+                (kind, Jsonb(goal.to_json())),
+            )
+            (job_id,) = cursor.fetchone() or (0,)
+            cursor.executemany(
+                "INSERT INTO shardkit.transfers (job_id, source, target, arcs, phase) VALUES (%s, %s, %s, %s, %s)",
+                [
+                    (job_id, transfer.source, transfer.target, Jsonb([list(arc) for arc in transfer.arcs]), "planned")
+                    for transfer in goal.transfers
+                ],
+            )
+            self.event(cursor, "job", job=job_id, kind=kind, transfers=len(goal.transfers))
+        return int(job_id)
+
+    def _jobs(self, where: str) -> Job | None:
+        row = self.connection.execute(
+            "SELECT id, kind, state, goal, attempts, last_error FROM shardkit.jobs " + where
+        ).fetchone()
+        return Job(row[0], row[1], row[2], Placement.from_json(row[3]), row[4], row[5]) if row else None
+
+    def running_job(self) -> Job | None:
+        """The unfinished job, if there is one."""
+        return self._jobs("WHERE state = 'running'")
+
+    def latest_job(self) -> Job | None:
+        """The job made last, finished or not."""
+        return self._jobs("ORDER BY id DESC LIMIT 1")
+
+    def finish_job(self, job_id: int, state: str) -> None:
+        """End a job as ``done`` or ``aborted``."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL WHERE id = %s",
+                (state, job_id),
+            )
+            self.event(cursor, f"job {state}", job=job_id)
+
+    def transfers(self, job_id: int) -> list[TransferRow]:
+        """The transfers of a job, in the order they were planned."""
+        rows = self.connection.execute(
+            f"SELECT {_TRANSFER_COLUMNS} FROM shardkit.transfers WHERE job_id = %s ORDER BY id", (job_id,)
+        )
+        return [_transfer(row) for row in rows]
+
+    def transfer(self, transfer_id: int) -> TransferRow:
+        """One transfer."""
+        row = self.connection.execute(
+            f"SELECT {_TRANSFER_COLUMNS} FROM shardkit.transfers WHERE id = %s", (transfer_id,)
+        ).fetchone()
+        assert row is not None
+        return _transfer(row)
+
+    def enter(self, transfer: TransferRow, phase: Phase, sentence: str) -> None:
+        """Persist the next phase of a transfer."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET phase = %s, last_error = NULL, waiting_for = NULL, updated_at = now() "
+                "WHERE id = %s AND phase = %s",
+                (phase.value, transfer.id, transfer.phase.value),
+            )
+            if cursor.rowcount != 1:
+                raise MoverSuperseded
+            self.event(cursor, "phase", job=transfer.job_id, transfer=transfer.id, phase=phase.value, sentence=sentence)
+
+    def note(self, transfer_id: int, **facts: Any) -> None:
+        """Add facts to a transfer's record."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET record = record || %s, updated_at = now() WHERE id = %s",
+                (Jsonb(facts), transfer_id),
+            )
+
+    def waiting(self, transfer_id: int, reason: str | None) -> None:
+        """Say what a transfer waits for; None when it goes on."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET waiting_for = %s, updated_at = now() WHERE id = %s",
+                (reason, transfer_id),
+            )
+
+    def failed(self, transfer: TransferRow, error: str) -> None:
+        """Store a failure beside the phase, which stays."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET attempts = attempts + 1, last_error = %s, updated_at = now() WHERE id = %s",
+                (error, transfer.id),
+            )
+            cursor.execute(
+                "UPDATE shardkit.jobs SET attempts = attempts + 1, last_error = %s WHERE id = %s",
+                (error, transfer.job_id),
+            )
+            self.event(cursor, "failed", job=transfer.job_id, transfer=transfer.id, error=error)

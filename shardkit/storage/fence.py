@@ -1,0 +1,104 @@
+"""The fence relations of a shard, from the mover's side.
+
+A shard's fence is an empty relation whose name is a topology (`core.topology.Fence`). A transaction of an application
+holds it in ACCESS SHARE mode from BEGIN on. A change that takes something away *closes*: it locks every fence relation
+in ACCESS EXCLUSIVE mode, so that all transactions which began under an older topology have ended, and renames. A
+change that only gives *opens*: it creates the new name beside the old one, and both are true. The guard that
+applications take lives in `storage.guard`.
+
+Every function here works inside a transaction of the caller, who has written the mover's token in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from ..core.topology import Fence, Topology
+from .connections import Connection
+from .topologies import write_copy
+
+RELATIONS = r"SELECT relname FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^fence_\d+_'"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A session, or a prepared transaction, that holds or awaits a fence."""
+
+    pid: int | None
+    gid: str | None
+    user: str | None
+    application: str | None
+    age_seconds: float
+    query: str | None
+
+    def __str__(self) -> str:
+        if self.gid is not None:
+            return f"prepared transaction {self.gid!r} of {self.user}, {self.age_seconds:.1f} s old"
+        text = " ".join((self.query or "").split())[:80]
+        return (
+            f"pid {self.pid}, user {self.user}, application {self.application or '-'}, "
+            f"transaction {self.age_seconds:.1f} s old: {text}"
+        )
+
+
+def _qualified(relation: str) -> sql.Identifier:
+    return sql.Identifier("shardkit", relation)
+
+
+def relations(connection: Connection) -> set[str]:
+    """Names of the fence relations that are there."""
+    return {name for (name,) in connection.execute(RELATIONS)}
+
+
+def guard(connection: Connection, fence: Fence) -> None:
+    """Take the guard as an application does; ``psycopg.errors.UndefinedTable`` if the topology is not current."""
+    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(_qualified(fence.relation)))
+
+
+def lock_all(connection: Connection) -> set[str]:
+    """Lock every fence relation against everybody; their names. Waits as long as ``lock_timeout`` allows."""
+    names = relations(connection)
+    if names:
+        tables = sql.SQL(", ").join(_qualified(name) for name in sorted(names))
+        connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(tables))
+    # One that appeared while this waited is not locked; the caller compares with what it expects.
+    return relations(connection) if names else names
+
+
+def close(connection: Connection, names: set[str], topology: Topology, shard_id: int) -> None:
+    """Put the fence of ``topology`` in place of ``names``, which the caller holds locked, and write the copy."""
+    new = topology.by_id[shard_id].fence.relation
+    kept, *others = sorted(names, key=lambda name: int(name.split("_")[1]), reverse=True)
+    for name in others:
+        connection.execute(sql.SQL("DROP TABLE {}").format(_qualified(name)))
+    connection.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new)))
+    write_copy(connection, topology, shard_id)
+
+
+def open_beside(connection: Connection, topology: Topology, shard_id: int) -> None:
+    """Create the fence of ``topology`` beside those that are there, and write the copy. Can be run twice."""
+    name = topology.by_id[shard_id].fence.relation
+    if name not in relations(connection):
+        connection.execute(sql.SQL("CREATE TABLE {} ()").format(_qualified(name)))
+        connection.execute(sql.SQL("GRANT SELECT ON {} TO PUBLIC").format(_qualified(name)))
+    write_copy(connection, topology, shard_id)
+
+
+HOLDERS = r"""
+SELECT a.pid, x.gid, coalesce(a.usename, x.owner), a.application_name,
+       extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, x.prepared))::float8, a.query
+FROM pg_locks l
+JOIN pg_class c ON c.oid = l.relation AND c.relnamespace = 'shardkit'::regnamespace AND c.relname ~ '^fence_\d+_'
+LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+LEFT JOIN pg_prepared_xacts x ON l.pid IS NULL AND l.virtualtransaction = '-1/' || x.transaction::text
+WHERE l.locktype = 'relation' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.pid IS DISTINCT FROM pg_backend_pid()
+ORDER BY 5 DESC
+"""
+
+
+def holders(connection: Connection) -> list[Holder]:
+    """Who holds a fence of this shard, oldest transaction first."""
+    return [Holder(*row) for row in connection.execute(HOLDERS)]

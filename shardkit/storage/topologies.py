@@ -1,0 +1,44 @@
+"""Topologies at rest: the copy that each shard keeps, and the current one of the catalog.
+
+A shard's copy is written in the transaction that changes its fence, so whoever is refused by the fence finds the
+reason beside it. Readers take the highest version.
+"""
+
+from __future__ import annotations
+
+from psycopg.types.json import Jsonb
+
+from ..core.topology import Topology
+from .connections import Connection
+
+READ_COPY = "SELECT document FROM shardkit.topology ORDER BY version DESC LIMIT 1"
+READ_CURRENT = "SELECT document FROM shardkit.topologies WHERE state = 'current'"
+
+
+def read_copy(connection: Connection) -> Topology | None:
+    """The latest topology that a shard took, or None if it took none."""
+    row = connection.execute(READ_COPY).fetchone()
+    return Topology.from_json(row[0]) if row else None
+
+
+def read_current(connection: Connection) -> Topology | None:
+    """The topology that the catalog holds to be current, or None in a catalog without shards."""
+    row = connection.execute(READ_CURRENT).fetchone()
+    return Topology.from_json(row[0]) if row else None
+
+
+def write_copy(connection: Connection, topology: Topology, shard_id: int) -> None:
+    """Give a shard its copy, inside the caller's transaction; an older one than it has is not written."""
+    newest = connection.execute(
+        """
+        INSERT INTO shardkit.topology (version, digest, document)
+        SELECT %(version)s, %(digest)s, %(document)s
+        WHERE NOT EXISTS (SELECT FROM shardkit.topology WHERE version >= %(version)s)
+        RETURNING version
+        """,
+        {"version": topology.version, "digest": topology.digest, "document": Jsonb(topology.to_json())},
+    ).fetchone()
+    if newest is None:
+        return
+    connection.execute("DELETE FROM shardkit.topology WHERE version < %s", (topology.version,))
+    connection.execute("UPDATE shardkit.ownership SET bounds = %s::bigint[]", (topology.owned(shard_id).bounds(),))
