@@ -90,16 +90,15 @@ def position(key: Key) -> int:
 
     `KeyTypeError` for a bool, None, another type, an int outside the signed 64 bits, a str with a surrogate.
     """
-    kind = type(key)
-    if kind is int:
-        return _hash_int(key if key in POSITIONS else plain_key(key))  # type: ignore[arg-type]
-    if kind is str:
+    if type(key) is int and key in POSITIONS:
+        return _hash_int(key)
+    if type(key) is str:
         try:
-            return _hash_bytes(key.encode())  # type: ignore[union-attr]
+            return _hash_bytes(key.encode())
         except UnicodeEncodeError:
             plain_key(key)
-    if kind is UUID:
-        return _hash_bytes(key.bytes)  # type: ignore[union-attr]
+    if type(key) is UUID:
+        return _hash_bytes(key.bytes)
     return position(plain_key(key))
 
 
@@ -121,25 +120,34 @@ class Ring:
     Immutable; equal, hashed and pickled by value; safe to share between threads.
     """
 
-    __slots__ = ("_owners", "_tokens", "owners_by_token", "tokens")
-
-    tokens: tuple[int, ...]
-    """Strictly increasing signed 64-bit positions."""
-    owners_by_token: tuple[int, ...]
-    """The owner (0 to 65,535) of the arc that ends at each token."""
+    __slots__ = ("_owners", "_owners_by_token", "_tokens")
 
     def __init__(self, tokens: Iterable[SupportsIndex], owners: Iterable[SupportsIndex]) -> None:
-        self._tokens, numbers = checked_ring(tokens, owners)
+        checked, numbers = checked_ring(tokens, owners)
+        self._tokens = tuple(checked)
+        self._owners_by_token = tuple(numbers)
         # Past the last token the ring goes on at the first.
-        self._owners = numbers + numbers[:1]
-        object.__setattr__(self, "tokens", tuple(self._tokens))
-        object.__setattr__(self, "owners_by_token", tuple(numbers))
+        self._owners = (*self._owners_by_token, self._owners_by_token[0])
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Strictly increasing positions, each the last of an arc."""
+        return self._tokens
+
+    @property
+    def owners_by_token(self) -> tuple[int, ...]:
+        """The owner (0 to 65,535) of the arc that ends at each token."""
+        return self._owners_by_token
 
     def owner(self, key: Key) -> int:
         """The owner of a key."""
         return self._owners[bisect_left(self._tokens, position(key))]
 
-    __getitem__ = owner
+    def __getitem__(self, key: Key) -> int:
+        return self.owner(key)
+
+    # A ring looks up keys; without this, iteration would ask for the owners of 0, 1, 2 without end.
+    __iter__ = None
 
     def owner_at(self, position: SupportsIndex) -> int:
         """The owner of a position; ValueError outside the signed 64 bits."""
@@ -159,20 +167,20 @@ class Ring:
         return array("H", [owners[bisect_left(tokens, at)] for at in positions])
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._tokens)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ring):
             return NotImplemented
-        return self.tokens == other.tokens and self.owners_by_token == other.owners_by_token
+        return self._tokens == other._tokens and self._owners_by_token == other._owners_by_token
 
     def __hash__(self) -> int:
-        return hash((self.tokens, self.owners_by_token))
+        return hash((self._tokens, self._owners_by_token))
 
     def __repr__(self) -> str:
-        return f"<Ring of {len(self.tokens)} tokens, {len(set(self.owners_by_token))} owners>"
+        return f"<Ring of {len(self._tokens)} tokens, {len(set(self._owners))} owners>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         from .ring import Ring as Chosen
 
-        return (Chosen, (self.tokens, self.owners_by_token))
+        return (Chosen, (self._tokens, self._owners_by_token))

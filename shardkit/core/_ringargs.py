@@ -11,6 +11,7 @@ import reprlib
 import sys
 from array import array
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, NoReturn, TypeAlias
 from uuid import UUID
 
@@ -20,14 +21,16 @@ Key: TypeAlias = int | str | UUID
 """What a shard key can be; bool, though an int to Python, cannot."""
 
 POSITIONS = range(-(2**63), 2**63)
+"""What an int8 column, and so a position, can hold."""
 
 _NATIVE = "<" if sys.byteorder == "little" else ">"
-_INT64_FORMATS = frozenset(mark + code for mark in ("", "@", "=", _NATIVE) for code in "ql")
+INT64_FORMATS = frozenset(mark + code for mark in ("", "@", "=", _NATIVE) for code in "ql")
+"""Formats of a buffer that, with items of 8 bytes, mean signed ints in this machine's byte order."""
 
 
-def refuse(value: object, reason: str) -> NoReturn:
-    """Raise the `KeyTypeError` of a value that cannot be a key."""
-    raise KeyTypeError(f"{_shown(value)} cannot be a shard key: {reason}.", value=value, reason=reason)
+def refuse(value: object, reason: str, *, role: str = "a shard key") -> NoReturn:
+    """Raise the `KeyTypeError` of a value that cannot be what it was passed as."""
+    raise KeyTypeError(f"{_shown(value)} cannot be {role}: {reason}.", value=value, reason=reason)
 
 
 def _shown(value: object) -> str:
@@ -40,66 +43,54 @@ def _shown(value: object) -> str:
 def plain_key(value: object) -> Key:
     """The int, str or UUID that a value stands for, or `KeyTypeError`.
 
-    Subclasses (IntEnum, StrEnum, another library's UUID) count as what the driver would send for them: psycopg
-    sends ``int(value)``, ``value.encode()`` and ``value.bytes``. One that redefines those is refused, as its value
-    on the server could be another than the one hashed here.
+    Subclasses (IntEnum, StrEnum, another library's UUID) count as what psycopg sends for them: ``int(value)``,
+    ``value.encode()``, ``value.bytes``. One that redefines those is refused, as its value on the server could be
+    another than the one hashed here.
     """
-    kind = type(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str, UUID)):
+        refuse(value, "keys are int (not bool), str or uuid.UUID, and never None")
     if isinstance(value, int):
-        if kind is bool:
-            refuse(value, "a bool is not an int to PostgreSQL; keys are int, str or UUID")
-        if kind is not int and not _inherits(kind, int, "__int__", "__index__"):
-            refuse(value, "this subclass of int redefines its value; pass a plain int")
+        _refuse_redefined(value, int, "__int__", "__index__")
         if value not in POSITIONS:
             refuse(value, "it is outside the signed 64 bits of a bigint")
         return int(value)
     if isinstance(value, str):
-        if kind is not str and not _inherits(kind, str, "encode"):
-            refuse(value, "this subclass of str redefines its value; pass a plain str")
-        plain = str.__str__(value)
+        _refuse_redefined(value, str, "encode")
         try:
-            plain.encode()
+            str.encode(value)
         except UnicodeEncodeError:
             refuse(value, "it holds a surrogate, which no text in PostgreSQL can")
-        return plain
-    if isinstance(value, UUID):
-        if kind is not UUID and not _inherits(kind, UUID, "bytes", "hex"):
-            refuse(value, "this subclass of UUID redefines its value; pass a plain UUID")
-        return UUID(int=value.int)
-    if value is None:
-        refuse(value, "None is no key; keys are int, str or UUID")
-    refuse(value, "keys are int, str or UUID")
+        return str.__str__(value)
+    _refuse_redefined(value, UUID, "int", "bytes", "hex")
+    return UUID(int=int(value.int))
 
 
-def _inherits(kind: type, base: type, *names: str) -> bool:
-    return all(getattr(kind, name) is getattr(base, name) for name in names)
+def _refuse_redefined(value: object, base: type, *names: str) -> None:
+    if any(getattr(type(value), name) is not getattr(base, name) for name in names):
+        refuse(value, f"this subclass of {base.__name__} redefines its value; pass a plain {base.__name__}")
 
 
 def listed_keys(keys: object) -> list[object]:
-    """The keys of an iterable as a list; a single key in the place of many is a `KeyTypeError`."""
-    if isinstance(keys, str):
-        refuse(keys, "this call takes many keys: a list, or a buffer of signed 64-bit ints")
-    if not isinstance(keys, Iterable):
-        refuse(keys, "this call takes many keys: a list, or a buffer of signed 64-bit ints")
+    """The keys of an iterable as a list; one key in the place of many is a `KeyTypeError`."""
+    if isinstance(keys, str) or not isinstance(keys, Iterable):
+        refuse(keys, "many are an iterable, or a buffer of signed 64-bit ints", role="many keys")
     return list(keys)
 
 
 def int64_view(view: memoryview) -> array[int]:
     """The ints of a buffer, copied; `KeyTypeError` if it does not hold signed 64-bit ints in one dimension."""
-    if view.ndim != 1 or view.itemsize != 8 or view.format not in _INT64_FORMATS:
-        refuse(
-            view.obj,
-            f"a buffer of keys holds signed 64-bit ints in one dimension, not {view.ndim} of format {view.format!r}",
-        )
+    if view.ndim != 1 or view.itemsize != 8 or view.format not in INT64_FORMATS:
+        reason = f"it has {view.ndim} dimensions of format {view.format!r}, not one of signed 64-bit ints"
+        refuse(view.obj, reason, role="many keys")
     values = array("q")
     values.frombytes(view.tobytes())
     return values
 
 
-def as_buffer(values: object) -> memoryview | None:
+def as_buffer(values: Any) -> memoryview | None:
     """A view of a value that offers a buffer, else None."""
     try:
-        return memoryview(values)  # type: ignore[arg-type]
+        return memoryview(values)
     except TypeError:
         return None
 
@@ -121,12 +112,12 @@ def checked_ring(tokens: Iterable[Any], owners: Iterable[Any]) -> tuple[array[in
     """Tokens and owners of a ring as arrays of int64 and uint16, or ValueError."""
     checked = listed_positions(tokens)
     try:
-        numbers = array("H", owners)
+        numbers = array("H", list(owners))
     except OverflowError as error:
         raise ValueError("an owner of a ring is a number from 0 to 65535") from error
     if not checked or len(checked) != len(numbers):
         raise ValueError(f"a ring needs one owner a token: {len(checked)} tokens, {len(numbers)} owners")
-    for before, after in zip(checked, checked[1:], strict=False):
+    for before, after in pairwise(checked):
         if before >= after:
             raise ValueError(f"tokens of a ring are strictly increasing: {before} is followed by {after}")
     return checked, numbers
