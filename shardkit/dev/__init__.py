@@ -1,1 +1,11 @@
 """Development helpers: embedded PostgreSQL clusters and the demo."""
+
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("shardkit.dev starts PostgreSQL on Linux and macOS; on Windows use WSL, or servers of your own")
+
+from shardkit.dev.binaries import Binaries, find_binaries
+from shardkit.dev.cluster import Cluster, Clusters
+
+__all__ = ["Binaries", "Cluster", "Clusters", "find_binaries"]

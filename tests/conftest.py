@@ -1,0 +1,19 @@
+"""What every test gets: the fixtures of the plugins below, and its folder's name as its marker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tests.fix_postgres"]
+
+_TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its folder, before `-m` selects. A folder without a registered marker is an error."""
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        item.add_marker(getattr(pytest.mark, folder))
