@@ -48,6 +48,14 @@ STATEMENTS = (
     "INSERT INTO shardkit.mover (token) VALUES (0)",
     # A row stands here from the decision of a transfer to the end of its purge.
     "CREATE TABLE shardkit.moved (transfer_id bigint PRIMARY KEY, target text NOT NULL)",
+    # Keys of moving rows that were written since they were last compared; written by the triggers of a transfer.
+    """
+    CREATE TABLE shardkit.changed (
+        transfer_id bigint NOT NULL,
+        relation integer NOT NULL,
+        key text NOT NULL
+    )
+    """,
     # Tables on which a transfer changed the replica identity, to be set back when the last one is done.
     """
     CREATE TABLE shardkit.replica_identity (
@@ -59,23 +67,6 @@ STATEMENTS = (
     OWNED.format(type="bigint", hash="hashint8extended"),
     OWNED.format(type="text", hash="hashtextextended"),
     OWNED.format(type="uuid", hash="uuid_hash_extended"),
-    # Row trigger on a moving table, only for rows of the moving arcs (its WHEN clause); argument: the transfer.
-    """
-    CREATE FUNCTION shardkit.refuse_moved() RETURNS trigger LANGUAGE plpgsql AS $$
-    DECLARE
-        new_owner text;
-    BEGIN
-        SELECT target INTO new_owner FROM shardkit.moved WHERE transfer_id = TG_ARGV[0]::bigint;
-        IF FOUND THEN
-            RAISE EXCEPTION 'shardkit: this row of %.% has moved to shard %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
-                USING ERRCODE = 'SK001', HINT = 'Write through the shardkit session, which knows the owner of a key.';
-        END IF;
-        IF TG_OP = 'DELETE' THEN
-            RETURN OLD;
-        END IF;
-        RETURN NEW;
-    END $$
-    """,
     """
     CREATE FUNCTION shardkit.refuse_rekey() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
@@ -102,9 +93,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for function in ("refuse_truncate()", "refuse_rekey()", "refuse_moved()"):
+    for function in ("refuse_truncate()", "refuse_rekey()"):
         op.execute(f"DROP FUNCTION shardkit.{function} CASCADE")
     for key in ("bigint", "text", "uuid"):
         op.execute(f"DROP FUNCTION shardkit.owned({key})")
-    for table in ("replica_identity", "moved", "mover", "ownership", "topology", "shard"):
+    for table in ("replica_identity", "changed", "moved", "mover", "ownership", "topology", "shard"):
         op.execute(f"DROP TABLE shardkit.{table}")

@@ -273,6 +273,13 @@ class MoveTableError(Refused):
     exit_code = EXIT_BUG
 
 
+class ReplicationFailed(Refused):
+    """The target's subscription stopped on an error, and the transfer with it.
+
+    The target's server log has the row and the reason; remove it, then `shardkit rebalance resume`.
+    """
+
+
 class DemoFailed(ShardkitError):
     """The demo found a difference between what was acknowledged and what the shards hold.
 

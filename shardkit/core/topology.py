@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 from .errors import NoSuchShard, TopologyInvalid
 from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
@@ -152,6 +152,24 @@ class Topology:
         """The arcs that a shard owns."""
         return self._arcs[shard_id]
 
+    def changed_since(self, before: Topology | None) -> tuple[int, ...]:
+        """Ids of the shards whose fence is another than in ``before``."""
+        old = {shard.id: shard.fence for shard in before.shards} if before is not None else {}
+        return tuple(shard.id for shard in self.shards if old.get(shard.id) != shard.fence)
+
+    def closing_since(self, before: Topology | None) -> tuple[int, ...]:
+        """Ids of the shards to which this change takes something away or adds a mark: transactions that began there
+        under ``before`` must end first. The other changed shards only gain."""
+        if before is None:
+            return ()
+        return tuple(
+            shard.id
+            for shard in before.shards
+            if shard.id not in self.by_id
+            or before.owned(shard.id) - self.owned(shard.id)
+            or self.by_id[shard.id].in_transit - shard.in_transit
+        )
+
     def named(self, name: str) -> Shard:
         """The shard of this name; `NoSuchShard` if there is none."""
         for shard in self.shards:
@@ -173,11 +191,17 @@ class Topology:
     # --- the next value --------------------------------------------------------------------------------------------
 
     @classmethod
-    def first(cls, shards: Sequence[tuple[int, str, str, int]], tokens: Sequence[int], owners: Sequence[int]) -> Self:
-        """Version 1 from (id, name, url, weight) of each shard, tokens and owners."""
-        unnamed = Fence(1, "0" * 8)
+    def first(
+        cls,
+        version: int,
+        shards: Sequence[tuple[int, str, str, int]],
+        tokens: Sequence[int],
+        owners: Sequence[int],
+    ) -> Self:
+        """The first topology of a catalog, from (id, name, url, weight) of each shard, tokens and owners."""
+        unnamed = Fence(version, "0" * 8)
         made = cls(
-            1,
+            version,
             tuple(Shard(sid, name, url, unnamed, weight) for sid, name, url, weight in shards),
             tuple(tokens),
             tuple(owners),
@@ -311,4 +335,4 @@ def _assigned(
         else:
             new_tokens.append(end)
             new_owners.append(now)
-    return tuple(new_tokens), tuple(cast(list[int], new_owners))
+    return tuple(new_tokens), tuple(new_owners)

@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 
 from ..core.errors import CatalogUnreachable, ShardUnreachable
+from ..core.topology import Shard
 from .urls import conninfo, redacted
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -28,9 +29,12 @@ _LIVENESS: dict[str, int] = {
 
 def connect(url: str, *, application: str = "shardkit", options: str | None = None) -> Connection:
     """An autocommit connection; ``psycopg.OperationalError`` if the server does not answer."""
-    return psycopg.connect(
+    connection = psycopg.connect(
         conninfo(url, **{**_LIVENESS, "application_name": application, "options": options}), autocommit=True
     )
+    # Every name is qualified here, and definitions read from the server must not depend on a role's search_path.
+    connection.execute("SET search_path = pg_catalog")
+    return connection
 
 
 def connect_shard(url: str, name: str, **extra: Any) -> Connection:
@@ -49,6 +53,32 @@ def connect_catalog(url: str, **extra: Any) -> Connection:
         return connect(url, **extra)
     except psycopg.OperationalError as error:
         raise CatalogUnreachable(f"The catalog at {redacted(url)} does not answer: {_first_line(error)}") from error
+
+
+class ShardConnections:
+    """One administrative connection a shard, opened when first asked for; a context manager that closes them.
+
+    Not for several threads: each worker of a mover has its own.
+    """
+
+    def __init__(self, application: str = "shardkit mover") -> None:
+        self._application = application
+        self._open: dict[int, Connection] = {}
+
+    def __enter__(self) -> ShardConnections:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for connection in self._open.values():
+            connection.close()
+
+    def get(self, shard: Shard) -> Connection:
+        """The connection to a shard, opened again if it was lost; `ShardUnreachable`."""
+        connection = self._open.get(shard.id)
+        if connection is None or connection.closed:
+            connection = connect_shard(shard.url, shard.name, application=self._application)
+            self._open[shard.id] = connection
+        return connection
 
 
 def _first_line(error: BaseException) -> str:

@@ -63,17 +63,18 @@ def lock_all(connection: Connection) -> set[str]:
     if names:
         tables = sql.SQL(", ").join(_qualified(name) for name in sorted(names))
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(tables))
-    # One that appeared while this waited is not locked; the caller compares with what it expects.
-    return relations(connection) if names else names
+    # None can appear meanwhile: whoever makes one has to write the mover's token first, and that row is ours.
+    return names
 
 
 def close(connection: Connection, names: set[str], topology: Topology, shard_id: int) -> None:
     """Put the fence of ``topology`` in place of ``names``, which the caller holds locked, and write the copy."""
     new = topology.by_id[shard_id].fence.relation
-    kept, *others = sorted(names, key=lambda name: int(name.split("_")[1]), reverse=True)
-    for name in others:
+    kept = new if new in names else max(names, key=lambda name: int(name.split("_")[1]))
+    for name in sorted(names - {kept}):
         connection.execute(sql.SQL("DROP TABLE {}").format(_qualified(name)))
-    connection.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new)))
+    if kept != new:
+        connection.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new)))
     write_copy(connection, topology, shard_id)
 
 

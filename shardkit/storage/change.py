@@ -1,0 +1,190 @@
+"""The one way by which a topology comes into force.
+
+1. The whole next topology is stored in the catalog as *proposed*, under a number never used before.
+2. The shard that loses something, if there is one, *closes*: its fence is renamed under ACCESS EXCLUSIVE. The commit
+   of that transaction is the decision.
+3. The shards that only gain *open*: the new fence is created beside the old one.
+4. The catalog records the topology as current.
+
+Whatever is interrupted is settled by the next mover: it writes its token on the closing shard, so that the decision
+of the one before can no longer happen unless it has, looks, and finishes or discards. One change is pending at a
+time in the whole cluster (the catalog's unique index sees to it), as two at once can leave a shard with a fence that
+no topology names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psycopg
+
+from ..core.errors import MoverSuperseded, MoveWaiting, ShardBehind
+from ..core.topology import Topology
+from . import fence
+from .catalog import Catalog
+from .connections import Connection, ShardConnections, transaction
+from .failpoints import failpoint
+
+LOCK_TIMEOUT = 0.05
+"""Seconds that a closing lock may wait, and so the longest that applications queue behind it."""
+
+CLOSING = (
+    ("lock_timeout", f"{int(LOCK_TIMEOUT * 1000)}ms"),
+    ("statement_timeout", "10s"),
+    # A mover that hangs with the fence in its hand loses it.
+    ("idle_in_transaction_session_timeout", "2s"),
+    ("synchronous_commit", "on"),
+)
+OPENING = (("lock_timeout", "5s"), ("statement_timeout", "30s"), ("synchronous_commit", "on"))
+
+Report = Callable[[str | None], None]
+Hook = Callable[[Connection], None]
+
+
+def claim(connection: Connection, token: int) -> None:
+    """Write the mover's token on a shard, first in every transaction there; `MoverSuperseded` if a newer one stands."""
+    updated = connection.execute("UPDATE shardkit.mover SET token = %(t)s WHERE token <= %(t)s", {"t": token})
+    if updated.rowcount == 0:
+        raise MoverSuperseded
+
+
+def apply(
+    catalog: Catalog,
+    shards: ShardConnections,
+    make: Callable[[Topology | None, int], Topology],
+    *,
+    while_closed: Hook | None = None,
+    on_open: Hook | None = None,
+    report: Report = lambda reason: None,
+    patience: float = 60.0,
+) -> Topology:
+    """Bring the topology that ``make(current, version)`` returns into force.
+
+    ``while_closed`` runs on the closing shard between lock and rename, ``on_open`` on each opening shard, both in the
+    same transaction; they can be run twice. ``patience`` is the time in seconds after which a closing that never got
+    its lock gives up with `MoveWaiting` and nothing changed. What ``while_closed`` raises passes through, and nothing
+    is changed either.
+    """
+    settle(catalog, shards, on_open=on_open)
+    current = catalog.current()
+    proposal = make(current, catalog.next_version())
+    catalog.propose(proposal)
+    failpoint("change.proposed")
+    closing = proposal.closing_since(current)
+    if len(closing) > 1:
+        raise AssertionError(f"a change that closes {len(closing)} shards cannot be decided by one commit")
+    for shard_id in closing:
+        assert current is not None
+        try:
+            _close(catalog, shards, current, proposal, shard_id, while_closed, report, patience)
+        except psycopg.OperationalError:
+            # Whether the COMMIT arrived is not known; the next settle() looks.
+            raise
+        except BaseException:
+            catalog.discard(proposal)
+            raise
+    failpoint("change.decided")
+    return _finish(catalog, shards, current, proposal, on_open)
+
+
+def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None = None) -> None:
+    """Finish, or prove impossible, a change that an earlier mover left pending."""
+    proposal = catalog.proposed()
+    if proposal is None:
+        return
+    current = catalog.current()
+    for shard_id in proposal.closing_since(current):
+        connection = shards.get(proposal.by_id[shard_id])
+        with transaction(connection, *OPENING):
+            claim(connection, _token(catalog))
+            decided = proposal.by_id[shard_id].fence.relation in fence.relations(connection)
+        if not decided:
+            catalog.discard(proposal)
+            return
+    _finish(catalog, shards, current, proposal, on_open)
+
+
+def drain(catalog: Catalog, shards: ShardConnections, *, report: Report = lambda reason: None) -> None:
+    """Wait until no transaction is left that began under an older topology, and drop the old names."""
+    current = catalog.current()
+    assert current is not None
+    for shard in current.shards:
+        if fence.relations(shards.get(shard)) != {shard.fence.relation}:
+            _close(catalog, shards, current, current, shard.id, None, report, 60.0)
+
+
+def _token(catalog: Catalog) -> int:
+    if catalog.token is None:
+        raise MoverSuperseded("This connection holds no lease.")
+    return catalog.token
+
+
+def _close(
+    catalog: Catalog,
+    shards: ShardConnections,
+    current: Topology,
+    proposal: Topology,
+    shard_id: int,
+    while_closed: Hook | None,
+    report: Report,
+    patience: float,
+) -> None:
+    """Lock, run the hook, rename. Tries only when nobody holds the fence for long, so that applications never queue
+    behind a lock that waits for a long transaction."""
+    shard = current.by_id[shard_id]
+    new = proposal.by_id[shard_id].fence.relation
+    deadline = time.monotonic() + patience
+    pause = 0.002
+    while True:
+        connection = shards.get(shard)
+        holders = fence.holders(connection)
+        if not holders or holders[0].age_seconds < LOCK_TIMEOUT:
+            try:
+                with transaction(connection, *CLOSING):
+                    claim(connection, _token(catalog))
+                    names = fence.lock_all(connection)
+                    if not {shard.fence.relation, new} & names:
+                        found = ", ".join(sorted(names)) or "none"
+                        raise ShardBehind(
+                            f"Shard {shard.name} has the fence {found}, but the catalog relies on "
+                            f"{shard.fence.relation}.",
+                            shard=shard.name,
+                        )
+                    if while_closed is not None:
+                        while_closed(connection)
+                    fence.close(connection, names, proposal, shard_id)
+                report(None)
+                return
+            except psycopg.errors.LockNotAvailable:
+                holders = fence.holders(connection)
+        if holders:
+            report(f"the fence of shard {shard.name} is held by {holders[0]}")
+        if time.monotonic() > deadline:
+            blocking = f": {holders[0]}" if holders else ""
+            raise MoveWaiting(
+                f"The fence of shard {shard.name} could not be had within {patience:.0f} s{blocking}.",
+                shard=shard.name,
+            )
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.25)
+
+
+def _finish(
+    catalog: Catalog, shards: ShardConnections, current: Topology | None, proposal: Topology, on_open: Hook | None
+) -> Topology:
+    """Open every shard that only gains, then record."""
+    closing = proposal.closing_since(current)
+    for shard_id in proposal.changed_since(current):
+        if shard_id in closing:
+            continue
+        connection = shards.get(proposal.by_id[shard_id])
+        with transaction(connection, *OPENING):
+            claim(connection, _token(catalog))
+            if on_open is not None:
+                on_open(connection)
+            fence.open_beside(connection, proposal, shard_id)
+        failpoint("change.opened")
+    catalog.record(proposal)
+    failpoint("change.recorded")
+    return proposal

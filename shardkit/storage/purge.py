@@ -1,0 +1,86 @@
+"""Deletion of rows that a shard holds but does not own, in batches by place in the heap.
+
+One pass over the table, however many rows go: each batch deletes within a range of blocks. No row of these arcs can
+appear behind the pass, since the fence keeps writers of these arcs off this shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from psycopg import sql
+
+from ..core.keyrange import ArcSet
+from ..core.topology import Fence, ShardedTable
+from . import fence as fences
+from .change import claim
+from .connections import Connection, transaction, value
+from .failpoints import failpoint
+from .predicate import within
+
+BLOCKS_A_BATCH = 512
+_SETTINGS = (
+    ("lock_timeout", "2s"),
+    ("statement_timeout", "60s"),
+    ("idle_in_transaction_session_timeout", "2s"),
+    # Neither the application's triggers nor foreign keys may act: these rows live on, elsewhere.
+    ("session_replication_role", "replica"),
+    ("row_security", "off"),
+)
+_LEAVES = """
+SELECT n.nspname, c.relname FROM pg_partition_tree(%s::regclass) p
+JOIN pg_class c ON c.oid = p.relid JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE p.isleaf AND c.relkind = 'r'
+"""
+
+
+def leaves(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
+    """The heaps of a table: itself, or its partitions."""
+    name = sql.Identifier(table.schema, table.name).as_string(connection)
+    found = [sql.Identifier(schema, leaf) for schema, leaf in connection.execute(_LEAVES, (name,))]
+    return found or [sql.Identifier(table.schema, table.name)]
+
+
+def delete_arcs(
+    connection: Connection,
+    table: ShardedTable,
+    arcs: ArcSet,
+    *,
+    token: int,
+    current_fence: Callable[[], Fence],
+    on_batch: Callable[[int], None],
+    share: float = 0.5,
+) -> int:
+    """Delete every row of ``arcs``; the number deleted.
+
+    Each batch writes the mover's token and takes the guard of ``current_fence()``, a topology under which this shard
+    does not own the arcs; where that is no longer in force, ``psycopg.errors.UndefinedTable`` passes through. Batches
+    run for ``share`` of the time, at most.
+    """
+    deleted = 0
+    for leaf in leaves(connection, table):
+        size = value(
+            connection,
+            "SELECT pg_relation_size(%s::regclass) / current_setting('block_size')::bigint",
+            (leaf.as_string(connection),),
+        )
+        for first in range(0, size, BLOCKS_A_BATCH):
+            started = time.monotonic()
+            with transaction(connection, *_SETTINGS):
+                claim(connection, token)
+                fences.guard(connection, current_fence())
+                gone = connection.execute(
+                    sql.SQL("DELETE FROM ONLY {} WHERE ctid >= {}::tid AND ctid < {}::tid AND {}").format(
+                        leaf,
+                        sql.Literal(f"({first},0)"),
+                        sql.Literal(f"({first + BLOCKS_A_BATCH},0)"),
+                        within(table, arcs),
+                    )
+                ).rowcount
+            deleted += gone
+            on_batch(gone)
+            failpoint("purge.batch")
+            if gone:
+                time.sleep((time.monotonic() - started) * (1 / share - 1))
+    return deleted

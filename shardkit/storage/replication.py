@@ -1,0 +1,221 @@
+"""Logical replication of arcs: publication and slot on the source, subscription on the target.
+
+All three carry one name, which the caller has stored before anything is made. The slot is made by the mover and not
+by CREATE SUBSCRIPTION: that one leaves an orphan when it is killed, and waits for ever between two databases of one
+server. Every function looks before it acts, so that each can be run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+from ..core.keyrange import ArcSet
+from ..core.topology import ShardedTable
+from .connections import Connection, value
+from .predicate import relation, within
+
+_OWN = "subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyState:
+    """What the target tells of a subscription: tables by state, the rows and bytes of the copies that run."""
+
+    enabled: bool
+    ready: int
+    tables: int
+    errors: int
+    rows: dict[str, int]
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """What the source tells of its walsender; ``passed`` and ``lag_bytes`` are None while it knows no position."""
+
+    pid: int
+    state: str
+    lag_bytes: int | None
+    passed: bool | None
+
+
+def peer_conninfo(connection: Connection) -> str:
+    """How a target connects to the server of this connection: as we did, password included, and nothing else of ours."""
+    mine = connection.info.get_parameters()
+    kept = {name: mine[name] for name in ("host", "hostaddr", "port", "dbname", "user", "sslmode", "sslrootcert",
+                                          "sslcert", "sslkey") if name in mine}  # fmt: skip
+    kept.setdefault("host", connection.info.host)
+    kept.setdefault("port", str(connection.info.port))
+    kept.setdefault("dbname", connection.info.dbname)
+    kept.setdefault("user", connection.info.user)
+    if connection.info.password:
+        kept["password"] = connection.info.password
+    return make_conninfo("", connect_timeout="10", **kept)
+
+
+# --- on the source -------------------------------------------------------------------------------------------------
+
+
+def publication_exists(source: Connection, name: str) -> bool:
+    """Whether the publication is there."""
+    return value(source, "SELECT 1 FROM pg_publication WHERE pubname = %s", (name,)) is not None
+
+
+def create_publication(source: Connection, name: str, tables: Iterable[ShardedTable], arcs: ArcSet) -> None:
+    """Publish the rows of ``arcs`` of every table, partitioned ones as their root."""
+    if publication_exists(source, name):
+        return
+    filtered = sql.SQL(", ").join(
+        sql.SQL("{} WHERE ({})").format(relation(table), within(table, arcs)) for table in tables
+    )
+    source.execute(
+        sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)").format(
+            sql.Identifier(name), filtered
+        )
+    )
+
+
+def drop_publication(source: Connection, name: str) -> None:
+    """Drop the publication if it is there."""
+    source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
+
+
+def slot_exists(source: Connection, name: str) -> bool:
+    """Whether the slot is there."""
+    return value(source, "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", (name,)) is not None
+
+
+def create_slot(source: Connection, name: str) -> None:
+    """Make the slot. Waits for every transaction that writes on the server now, as long as statement_timeout allows;
+    a creation that is cancelled leaves nothing."""
+    if not slot_exists(source, name):
+        source.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
+
+
+def drop_slot(source: Connection, name: str) -> bool:
+    """Drop the slot; False if it is still in use, which ends by itself soon after the subscription is gone."""
+    try:
+        source.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", (name,)
+        )
+    except psycopg.errors.ObjectInUse:
+        return False
+    return True
+
+
+def oldest_writer(source: Connection) -> str | None:
+    """The transaction that slot creation waits for, in words."""
+    row = source.execute(
+        """
+        SELECT pid, usename, application_name, extract(epoch FROM clock_timestamp() - xact_start)::float8, query
+        FROM pg_stat_activity
+        WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
+        ORDER BY xact_start LIMIT 1
+        """
+    ).fetchone()
+    if row is None:
+        return None
+    pid, user, application, age, query = row
+    return f"pid {pid}, user {user}, application {application or '-'}, transaction {age:.1f} s old: {query[:80]}"
+
+
+def sender(source: Connection, name: str, passed: str | None = None) -> Sender | None:
+    """The walsender of a subscription, and whether the target has replayed position ``passed``."""
+    row = source.execute(
+        """
+        SELECT pid, state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint, replay_lsn >= %s::pg_lsn
+        FROM pg_stat_replication WHERE application_name = %s
+        """,
+        (passed, name),
+    ).fetchone()
+    return Sender(*row) if row else None
+
+
+def position_now(source: Connection) -> str:
+    """The WAL position that everything committed so far lies before; a later record is written, so that the
+    walsender reports it as passed without delay even if the last commit was asynchronous."""
+    position = value(source, "SELECT pg_current_wal_insert_lsn()::text")
+    source.execute("SELECT pg_logical_emit_message(true, 'shardkit', '')")
+    return str(position)
+
+
+# --- on the target -------------------------------------------------------------------------------------------------
+
+
+def subscription_exists(target: Connection, name: str) -> bool:
+    """Whether the subscription is there."""
+    return value(target, f"SELECT 1 FROM pg_subscription WHERE {_OWN} AND subname = %s", (name,)) is not None
+
+
+def create_subscription(target: Connection, name: str, source_conninfo: str) -> None:
+    """Subscribe and start to copy, in the caller's transaction, on the slot that is there already."""
+    if subscription_exists(target, name):
+        return
+    target.execute(
+        sql.SQL(
+            "CREATE SUBSCRIPTION {name} CONNECTION {conninfo} PUBLICATION {name} "
+            "WITH (create_slot = false, slot_name = {slot}, binary = true, copy_data = true, disable_on_error = true)"
+        ).format(name=sql.Identifier(name), conninfo=sql.Literal(source_conninfo), slot=sql.Literal(name))
+    )
+
+
+def probe_subscription(target: Connection, name: str, source_conninfo: str) -> None:
+    """Let the target connect to the source and forget it; raises what the server says where it cannot."""
+    with target.transaction(force_rollback=True):
+        target.execute(
+            sql.SQL(
+                "CREATE SUBSCRIPTION {} CONNECTION {} PUBLICATION {} "
+                "WITH (enabled = false, create_slot = false, slot_name = NONE, copy_data = false)"
+            ).format(sql.Identifier(name), sql.Literal(source_conninfo), sql.Identifier(name))
+        )
+
+
+def set_enabled(target: Connection, name: str, enabled: bool) -> None:
+    """Enable or disable the subscription if it is there; allowed inside a transaction."""
+    if subscription_exists(target, name):
+        target.execute(
+            sql.SQL("ALTER SUBSCRIPTION {} {}").format(
+                sql.Identifier(name), sql.SQL("ENABLE" if enabled else "DISABLE")
+            )
+        )
+
+
+def drop_subscription(target: Connection, name: str) -> None:
+    """Drop the subscription without its slot, so that a dead source does not matter; the mover drops the slot."""
+    if not subscription_exists(target, name):
+        return
+    set_enabled(target, name, False)
+    target.execute(sql.SQL("ALTER SUBSCRIPTION {} SET (slot_name = NONE)").format(sql.Identifier(name)))
+    target.execute(sql.SQL("DROP SUBSCRIPTION {}").format(sql.Identifier(name)))
+
+
+def copy_state(target: Connection, name: str) -> CopyState | None:
+    """How far the subscription is; None if there is none."""
+    row = target.execute(
+        f"""
+        SELECT s.subenabled,
+               (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid AND r.srsubstate = 'r'),
+               (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid),
+               coalesce((SELECT t.apply_error_count + t.sync_error_count
+                         FROM pg_stat_subscription_stats t WHERE t.subid = s.oid), 0),
+               (SELECT coalesce(jsonb_object_agg(p.relid::regclass::text, jsonb_build_array(p.tuples_processed, p.bytes_processed)), '{{}}')
+                FROM pg_stat_progress_copy p
+                JOIN pg_subscription_rel r ON r.srrelid = p.relid AND r.srsubid = s.oid
+                WHERE p.datname = current_database())
+        FROM pg_subscription s WHERE {_OWN} AND s.subname = %s
+        """,
+        (name,),
+    ).fetchone()
+    if row is None:
+        return None
+    enabled, ready, tables, errors, running = row
+    return CopyState(
+        enabled, ready, tables, errors,
+        {name: counts[0] for name, counts in running.items()},
+        {name: counts[1] for name, counts in running.items()},
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""The triggers that stand on the source's tables from PREPARE to DONE.
+
+They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note the keys
+of moving rows that are written, so that the last comparison before the decision looks at those alone, and, from the
+decision on, refuse writes to moved rows by anyone who goes round the session. They are ordinary triggers: a purge, and
+the apply of replicated changes, run with session_replication_role = replica and pass them by.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from ..core.keyrange import ArcSet
+from ..core.topology import ShardedTable
+from .connections import Connection, value
+from .predicate import position, relation, within
+
+
+def _function(transfer: int, index: int) -> sql.Identifier:
+    return sql.Identifier("shardkit", f"note_{transfer}_{index}")
+
+
+def _trigger(transfer: int, what: str) -> sql.Identifier:
+    # 'zz': after the application's own triggers, of which a BEFORE one may still change the key.
+    return sql.Identifier(f"zz_shardkit_{transfer}_{what}")
+
+
+_BODY = sql.SQL("""
+DECLARE
+    new_owner text;
+BEGIN
+    SELECT m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
+    IF FOUND THEN
+        RAISE EXCEPTION 'shardkit: this row of %.% has moved to shard %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
+            USING ERRCODE = 'SK001', HINT = 'Write through the shardkit session, which knows the owner of a key.';
+    END IF;
+    IF TG_OP <> 'INSERT' THEN
+        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, OLD.{key}::text);
+    END IF;
+    IF TG_OP = 'INSERT' OR (TG_OP = 'UPDATE' AND NEW.{key} IS DISTINCT FROM OLD.{key}) THEN
+        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, NEW.{key}::text);
+    END IF;
+    RETURN NULL;
+END
+""")
+
+
+def installed(source: Connection, transfer: int, index: int) -> bool:
+    """Whether the triggers of a transfer stand on its table number ``index``."""
+    name = _function(transfer, index).as_string(source)
+    return value(source, "SELECT to_regprocedure(%s || '()')", (name,)) is not None
+
+
+def install(source: Connection, transfer: int, index: int, table: ShardedTable, arcs: ArcSet) -> None:
+    """Make the triggers of one table, in the caller's transaction; waits for the table's writers under lock_timeout."""
+    if installed(source, transfer, index):
+        return
+    function = _function(transfer, index)
+    body = _BODY.format(transfer=sql.Literal(transfer), index=sql.Literal(index), key=sql.Identifier(table.key))
+    # Definer: the application's role may write its tables and not ours.
+    source.execute(
+        sql.SQL(
+            "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+            "SET search_path = pg_catalog, pg_temp AS {}"
+        ).format(function, sql.Literal(body.as_string(source)))
+    )
+    old, new = within(table, arcs, "OLD"), within(table, arcs, "NEW")
+    for what, event, condition in (
+        ("insert", sql.SQL("INSERT"), new),
+        ("update", sql.SQL("UPDATE"), sql.SQL("{} OR {}").format(old, new)),
+        ("delete", sql.SQL("DELETE"), old),
+    ):
+        source.execute(
+            sql.SQL("CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW WHEN ({}) EXECUTE FUNCTION {}()").format(
+                _trigger(transfer, what), event, relation(table), condition, function
+            )
+        )
+    source.execute(
+        sql.SQL(
+            "CREATE TRIGGER {} BEFORE UPDATE ON {} FOR EACH ROW WHEN ({} IS DISTINCT FROM {}) "
+            "EXECUTE FUNCTION shardkit.refuse_rekey()"
+        ).format(_trigger(transfer, "rekey"), relation(table), position(table, "OLD"), position(table, "NEW"))
+    )
+    source.execute(
+        sql.SQL(
+            "CREATE TRIGGER {} BEFORE TRUNCATE ON {} FOR EACH STATEMENT EXECUTE FUNCTION shardkit.refuse_truncate()"
+        ).format(_trigger(transfer, "truncate"), relation(table))
+    )
+
+
+def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -> None:
+    """Drop the triggers of one table, in the caller's transaction."""
+    if not installed(source, transfer, index):
+        return
+    for what in ("rekey", "truncate"):
+        source.execute(
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, what), relation(table))
+        )
+    source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
+
+
+def forget_changes(source: Connection, transfer: int) -> None:
+    """Drop what was noted and committed so far: what is compared from now on sees those writes."""
+    source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
+
+
+def take_changes(source: Connection, transfer: int, limit: int) -> list[tuple[int, str]]:
+    """Take the keys noted so far, as (table number, key as text), without repetition; about ``limit`` notes at most."""
+    rows = source.execute(
+        """
+        WITH taken AS (
+            DELETE FROM shardkit.changed
+            WHERE ctid = ANY (ARRAY(SELECT ctid FROM shardkit.changed WHERE transfer_id = %s LIMIT %s))
+            RETURNING relation, key
+        )
+        SELECT DISTINCT relation, key FROM taken
+        """,
+        (transfer, limit),
+    )
+    return [(index, key) for index, key in rows]
+
+
+def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:
+    """The keys noted so far, left where they are."""
+    rows = source.execute(
+        "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s", (transfer,)
+    )
+    return [(index, key) for index, key in rows]
+
+
+def set_moved(source: Connection, transfer: int, target: str) -> None:
+    """From the caller's commit on, refuse writes to the moved rows; part of the decision."""
+    source.execute(
+        "INSERT INTO shardkit.moved (transfer_id, target) VALUES (%s, %s) ON CONFLICT DO NOTHING", (transfer, target)
+    )
+
+
+def clear(source: Connection, transfer: int) -> None:
+    """Drop what a transfer left in shardkit's own tables of the source."""
+    source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
+    source.execute("DELETE FROM shardkit.moved WHERE transfer_id = %s", (transfer,))

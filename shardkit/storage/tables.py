@@ -1,0 +1,159 @@
+"""What a table is on a server, as far as a move and a declaration must know; and how two of them differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from ..core.topology import KeyType, ShardedTable
+from .connections import Connection, value
+from .predicate import relation
+
+# typname of the key column -> family; bpchar pads with spaces that its hash ignores, so it is none of them.
+KEY_FAMILIES: dict[str, KeyType] = {
+    "int2": "int",
+    "int4": "int",
+    "int8": "int",
+    "text": "text",
+    "varchar": "text",
+    "uuid": "uuid",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column; ``type`` as ``format_type`` prints it, ``generated`` and ``identity`` as in ``pg_attribute``."""
+
+    name: str
+    type: str
+    base: str
+    not_null: bool
+    default: str | None
+    identity: str
+    generated: str
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table as the server describes it. ``constraints`` and ``indexes`` are definitions without names."""
+
+    kind: str
+    persistence: str
+    identity: str
+    identity_columns: frozenset[str]
+    columns: tuple[Column, ...]
+    constraints: frozenset[str]
+    indexes: frozenset[str]
+    primary_key: tuple[str, ...]
+    rows_estimate: float
+    bytes: int
+
+    def column(self, name: str) -> Column | None:
+        """The column of this name."""
+        return next((column for column in self.columns if column.name == name), None)
+
+
+_TABLE = """
+SELECT c.oid, c.relkind::text, c.relpersistence::text, c.relreplident::text, c.reltuples::float8, pg_table_size(c.oid)
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
+"""
+_COLUMNS = """
+SELECT a.attname, format_type(a.atttypid, a.atttypmod), t.typname, a.attnotnull, pg_get_expr(d.adbin, d.adrelid),
+       a.attidentity::text, a.attgenerated::text, coalesce(l.collisdeterministic, true)
+FROM pg_attribute a
+JOIN pg_type t ON t.oid = a.atttypid
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+LEFT JOIN pg_collation l ON l.oid = a.attcollation
+WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attname
+"""
+# NOT NULL constraints ('n', from PostgreSQL 18 on) are columns' properties before; compared there.
+_CONSTRAINTS = "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s AND contype IN ('c','f','p','u','x')"
+_INDEXES = """
+SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), i.indisprimary, i.indisreplident,
+       ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k(attnum, place)
+             JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum ORDER BY k.place)
+FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = %s AND i.indisvalid
+"""
+
+
+def describe(connection: Connection, table: ShardedTable) -> Table | None:
+    """The table as it is on this server; None if it is missing."""
+    found = connection.execute(_TABLE, (table.schema, table.name)).fetchone()
+    if found is None:
+        return None
+    oid, kind, persistence, identity, estimate, size = found
+    columns = tuple(Column(*row) for row in connection.execute(_COLUMNS, (oid,)))
+    constraints = frozenset(row[0] for row in connection.execute(_CONSTRAINTS, (oid,)))
+    indexes, primary_key, identity_columns = set(), (), frozenset()
+    for definition, name, primary, replica_identity, names in connection.execute(_INDEXES, (oid,)):
+        indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
+        if primary:
+            primary_key = tuple(names)
+        if replica_identity or (identity == "d" and primary):
+            identity_columns = frozenset(names)
+    if identity == "f":
+        identity_columns = frozenset(column.name for column in columns)
+    return Table(
+        kind, persistence, identity, identity_columns, columns, constraints, frozenset(indexes), primary_key,
+        estimate, size,
+    )  # fmt: skip
+
+
+def is_empty(connection: Connection, table: ShardedTable) -> bool:
+    """Whether the table has no row."""
+    return value(connection, sql.SQL("SELECT 1 FROM {} LIMIT 1").format(relation(table))) is None
+
+
+def key_problems(table: ShardedTable, found: Table | None) -> list[str]:
+    """Why the table cannot be sharded by its key as the server has it; empty if it can."""
+    if found is None:
+        return [f"table {table} does not exist"]
+    if found.kind not in ("r", "p"):
+        return [f"{table} is no table"]
+    key = found.column(table.key)
+    if key is None:
+        return [f"table {table} has no column {table.key!r}"]
+    problems = []
+    if KEY_FAMILIES.get(key.base) != table.key_type:
+        problems.append(f"key {table}.{table.key} is {key.type}, which is not of the {table.key_type} family")
+    if not key.not_null:
+        problems.append(f"key {table}.{table.key} is nullable")
+    if not key.deterministic:
+        problems.append(f"key {table}.{table.key} has a nondeterministic collation")
+    if key.identity or (key.default and "nextval" in key.default):
+        problems.append(f"key {table}.{table.key} is numbered by each server by itself")
+    return problems
+
+
+def differences(table: ShardedTable, source: Table | None, target: Table | None) -> list[str]:
+    """How two servers' versions of a table differ, in words; empty where a move can carry rows between them."""
+    if source is None or target is None:
+        return [f"table {table} is missing on the {'source' if source is None else 'target'}"]
+    found = []
+    if source.kind != target.kind:
+        found.append(f"table {table} is partitioned on one side only")
+    ours = {column.name: column for column in source.columns}
+    theirs = {column.name: column for column in target.columns}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs or name not in ours:
+            found.append(f"column {table}.{name} is missing on the {'target' if name in ours else 'source'}")
+        elif ours[name] != theirs[name]:
+            found.append(f"column {table}.{name} differs: {_shown(ours[name])} on the source, {_shown(theirs[name])} on the target")
+    for what, mine, other in (
+        ("constraint", source.constraints, target.constraints),
+        ("index", source.indexes, target.indexes),
+    ):
+        found += [f"{what} of {table} is missing on the target: {text}" for text in sorted(mine - other)]
+        found += [f"{what} of {table} is missing on the source: {text}" for text in sorted(other - mine)]
+    return found
+
+
+def _shown(column: Column) -> str:
+    parts = [column.type, "NOT NULL" if column.not_null else "", f"DEFAULT {column.default}" if column.default else ""]
+    parts += ["IDENTITY" if column.identity else "", "GENERATED" if column.generated else ""]
+    return " ".join(part for part in parts if part)
