@@ -39,6 +39,8 @@ CLOSING = (
 OPENING = (("lock_timeout", "5s"), ("statement_timeout", "30s"), ("synchronous_commit", "on"))
 
 Report = Callable[[str | None], None]
+Clock = Callable[[str], None]
+"""Called with ``asked`` (just before the closing lock is asked for), ``locked``, ``decided``, ``opened``, ``recorded``."""
 Hook = Callable[[Connection], None]
 
 
@@ -57,6 +59,7 @@ def apply(
     while_closed: Hook | None = None,
     on_open: Hook | None = None,
     report: Report = lambda reason: None,
+    clock: Clock = lambda moment: None,
     patience: float = 60.0,
 ) -> Topology:
     """Bring the topology that ``make(current, version)`` returns into force.
@@ -77,15 +80,16 @@ def apply(
     for shard_id in closing:
         assert current is not None
         try:
-            _close(catalog, shards, current, proposal, shard_id, while_closed, report, patience)
+            _close(catalog, shards, current, proposal, shard_id, while_closed, report, clock, patience)
         except psycopg.OperationalError:
             # Whether the COMMIT arrived is not known; the next settle() looks.
             raise
         except BaseException:
             catalog.discard(proposal)
             raise
+    clock("decided")
     failpoint("change.decided")
-    return _finish(catalog, shards, current, proposal, on_open)
+    return _finish(catalog, shards, current, proposal, on_open, clock)
 
 
 def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None = None) -> None:
@@ -102,7 +106,7 @@ def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None =
         if not decided:
             catalog.discard(proposal)
             return
-    _finish(catalog, shards, current, proposal, on_open)
+    _finish(catalog, shards, current, proposal, on_open, lambda moment: None)
 
 
 def drain(catalog: Catalog, shards: ShardConnections, *, report: Report = lambda reason: None) -> None:
@@ -111,7 +115,7 @@ def drain(catalog: Catalog, shards: ShardConnections, *, report: Report = lambda
     assert current is not None
     for shard in current.shards:
         if fence.relations(shards.get(shard)) != {shard.fence.relation}:
-            _close(catalog, shards, current, current, shard.id, None, report, 60.0)
+            _close(catalog, shards, current, current, shard.id, None, report, lambda moment: None, 60.0)
 
 
 def _token(catalog: Catalog) -> int:
@@ -128,6 +132,7 @@ def _close(
     shard_id: int,
     while_closed: Hook | None,
     report: Report,
+    clock: Clock,
     patience: float,
 ) -> None:
     """Lock, run the hook, rename. Tries only when nobody holds the fence for long, so that applications never queue
@@ -143,7 +148,9 @@ def _close(
             try:
                 with transaction(connection, *CLOSING):
                     claim(connection, _token(catalog))
+                    clock("asked")
                     names = fence.lock_all(connection)
+                    clock("locked")
                     if not {shard.fence.relation, new} & names:
                         found = ", ".join(sorted(names)) or "none"
                         raise ShardBehind(
@@ -171,7 +178,12 @@ def _close(
 
 
 def _finish(
-    catalog: Catalog, shards: ShardConnections, current: Topology | None, proposal: Topology, on_open: Hook | None
+    catalog: Catalog,
+    shards: ShardConnections,
+    current: Topology | None,
+    proposal: Topology,
+    on_open: Hook | None,
+    clock: Clock,
 ) -> Topology:
     """Open every shard that only gains, then record."""
     closing = proposal.closing_since(current)
@@ -185,6 +197,8 @@ def _finish(
                 on_open(connection)
             fence.open_beside(connection, proposal, shard_id)
         failpoint("change.opened")
+    clock("opened")
     catalog.record(proposal)
+    clock("recorded")
     failpoint("change.recorded")
     return proposal

@@ -27,7 +27,7 @@ _TEXT_FORM = (
     ("bytea_output", "hex"),
     ("lc_monetary", "C"),
     ("row_security", "off"),
-    ("default_transaction_read_only", "on"),
+    ("transaction_read_only", "on"),
 )
 ROWS_A_CHUNK = 20_000
 _KEY_ARRAY = {"int": "int8[]", "text": "text[]", "uuid": "uuid[]"}
