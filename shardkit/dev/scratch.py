@@ -2,8 +2,8 @@
 
 Owns the folders and their lock files. A process holds an flock on `lock` in each of its folders for as long as it
 lives; a folder whose lock can be had is therefore stale, whatever killed its owner, and the next `sweep` stops the
-servers that still run in it and removes it. Driven by the workspace of the clusters. Never touches a folder of another
-user or of a living process.
+servers that still run in it and removes it. Driven by the workspace of the clusters. Never touches a folder of
+another user or of a living process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from shardkit.core.errors import ServerFailed
 from shardkit.dev.processes import ServerUser, kill_server, reachable, remove_shared_memory
 
 PREFIX = "shardkit-pg-"
+NAME_LENGTH = len(PREFIX) + 8
+"""Bytes of a scratch folder's name: tempfile adds eight characters."""
+
 _LOCK = "lock"
 _SHARED_MEMORY = Path("/dev/shm")
 _ROOMY = 3 << 30
@@ -46,7 +49,7 @@ class Scratch:
         self.disown()
 
     def disown(self) -> None:
-        """Forget the folder without removing it (a forked child's copy of the lock would keep it from the sweep)."""
+        """Give up the lock and leave the folder: a forked child must not keep it from the sweep."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -101,18 +104,20 @@ def bases() -> list[Path]:
     return [path for path in paths if path.is_dir() and os.access(path, os.W_OK | os.X_OK)]
 
 
-def choose_base(user: ServerUser | None, *, memory: bool = True, executable: bool = False, length: int = 0) -> Path:
-    """The first base that suits.
+def choose_base(
+    user: ServerUser | None, *, memory: bool = True, executable: bool = False, length: int | None = None
+) -> Path:
+    """The first base that `user` can enter.
 
-    It can be entered by `user`; is memory only if `memory` and roomy; programs may run in it if `executable`; its path has
-    at most `length` bytes if `length`. Raises `ServerFailed` if none does.
+    It is in memory only if `memory` and roomy, programs may run in it if `executable`, and its path has at most
+    `length` bytes. Raises `ServerFailed` where none suits.
     """
     for base in bases():
         if base == _SHARED_MEMORY and not (memory and _roomy()):
             continue
         if executable and os.statvfs(base).f_flag & getattr(os, "ST_NOEXEC", 0):
             continue
-        if length and len(os.fsencode(base)) > length:
+        if length is not None and len(os.fsencode(base)) > length:
             continue
         if reachable(base, user):
             return base
@@ -154,10 +159,12 @@ def _remove_if_stale(folder: Path) -> bool:
     if fd is None:
         return False
     try:
-        for data_dir in folder.glob("*/data"):
-            kill_server(data_dir)
-            remove_shared_memory(data_dir)
-        shutil.rmtree(folder, ignore_errors=True)
+        # What does not die keeps its folder until the next sweep; it is no reason not to start.
+        with contextlib.suppress(ServerFailed):
+            kill_server(folder)
+            for pid_file in (*folder.glob("*/postmaster.pid"), *folder.glob("*/data/postmaster.pid")):
+                remove_shared_memory(pid_file.parent)
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(fd)
     return not folder.exists()

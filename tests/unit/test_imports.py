@@ -27,7 +27,18 @@ ALLOWED: dict[str, set[str]] = {
 }
 """What each package may import of the others; "shardkit" is the file that re-exports what an application needs."""
 
-NOT_PURE = {"asyncio", "datetime", "http", "logging", "pathlib", "random", "socket", "subprocess", "threading", "time"}
+NOT_PURE = {
+    "asyncio",
+    "datetime",
+    "http",
+    "logging",
+    "pathlib",
+    "random",
+    "socket",
+    "subprocess",
+    "threading",
+    "time",
+}
 """Modules of the standard library that core has no use for: I/O, clocks, chance."""
 
 
@@ -71,7 +82,11 @@ def _imports(path: Path, here: list[str], package: Path) -> list[tuple[int, str]
             base = here[: len(here) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             # `from shardkit import orm` names a package, `from shardkit import connect` does not.
-            names = [alias.name for alias in node.names if module == "shardkit" and _is_package(package, alias.name)]
+            names = [
+                alias.name
+                for alias in node.names
+                if module == "shardkit" and _is_package(package, alias.name)
+            ]
             found += [(node.lineno, f"{module}.{name}") for name in names] or [(node.lineno, module)]
     return found
 
