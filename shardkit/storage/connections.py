@@ -87,10 +87,13 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def transaction(connection: Connection, *settings: tuple[str, str]) -> Iterator[Connection]:
-    """A transaction with settings of its own (``SET LOCAL``)."""
+    """A transaction with settings of its own (``SET LOCAL``), made in one round trip."""
     with connection.transaction():
-        for name, value in settings:
-            connection.execute("SELECT set_config(%s, %s, true)", (name, value))
+        if settings:
+            connection.execute(
+                "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
+                ([name for name, _ in settings], [setting for _, setting in settings]),
+            )
         yield connection
 
 

@@ -1,0 +1,93 @@
+"""The few milliseconds in which arcs change their owner.
+
+`storage.change` locks the source's fence and renames it; this is what happens between the two: the target catches up
+with the last write, the keys written since the verification are compared for the last time, and the write-refusing
+trigger is switched on. Everything is bounded, as applications wait: what does not end soon is postponed, and nothing
+has changed.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from ..storage import change, replication, sourceguard
+from ..storage.connections import Connection, transaction
+from ..storage.failpoints import failpoint
+from .verify import SMALL, Verifier
+
+if TYPE_CHECKING:
+    from .transfer import TransferRun
+
+CATCH_UP_LIMIT = 0.5
+"""Seconds that the target may take for the last writes while applications wait."""
+
+
+class Postponed(Exception):
+    """Not now: says why."""
+
+
+class Cutover:
+    """The hooks of one transfer's cutover, and the time each part took."""
+
+    def __init__(self, run: TransferRun, verifier: Verifier) -> None:
+        self._run = run
+        self._verifier = verifier
+        self._moments: dict[str, float] = {}
+
+    def clock(self, moment: str) -> None:
+        """Note a moment; the last attempt counts."""
+        if moment == "asked":
+            self._moments = {}
+        self._moments[moment] = time.perf_counter()
+
+    def while_closed(self, source: Connection) -> None:
+        """On the source, whose fence is locked: `Postponed`, or everything is there and the same on the target."""
+        run = self._run
+        self._catch_up()
+        self.clock("caught_up")
+        # One synchronous commit flushes all that the apply worker committed without waiting.
+        with transaction(run.target, ("synchronous_commit", "on")):
+            change.claim(run.target, run.around.token)
+        self._verifier.remaining_differences()
+        self.clock("verified")
+        sourceguard.set_moved(source, run.row.id, run.target_shard.name)
+        failpoint("cutting over.before decision")
+
+    def on_open(self, target: Connection) -> None:
+        """On the target, which now owns the arcs: nothing may be applied any more, the purge's deletes least of all."""
+        failpoint("cutting over.before opening")
+        replication.set_enabled(target, self._run.name, False)
+
+    def _catch_up(self) -> None:
+        run = self._run
+        started = time.monotonic()
+        if len(sourceguard.peek_changes(run.source, run.row.id)) > 5 * SMALL:
+            raise Postponed("too many rows were written since they were compared")
+        before = replication.copy_state(run.target, run.name)
+        first = replication.sender(run.source, run.name)
+        if before is None or not before.enabled or before.ready != before.tables or first is None:
+            raise Postponed("the subscription is not running")
+        position = replication.position_now(run.source)
+        while True:
+            sender = replication.sender(run.source, run.name, position)
+            if sender is None or sender.pid != first.pid or sender.state != "streaming":
+                raise Postponed("the replication connection was lost")
+            if sender.passed:
+                break
+            if time.monotonic() - started > CATCH_UP_LIMIT:
+                raise Postponed(f"the target lags {sender.lag_bytes} bytes behind")
+            time.sleep(0.0005)
+        after = replication.copy_state(run.target, run.name)
+        if after is None or not after.enabled or after.errors != before.errors:
+            raise Postponed("the subscription met an error")
+
+    def pause_ms(self) -> dict[str, float]:
+        """Milliseconds from the request of the lock to the opening of the target, whole and by part."""
+        order = ("asked", "locked", "caught_up", "verified", "decided", "opened")
+        at = [self._moments[name] for name in order]
+        parts = {
+            name: round((b - a) * 1000, 2)
+            for name, a, b in zip(("lock", "catch_up", "verify", "decide", "open"), at, at[1:], strict=False)
+        }
+        return {"total": round((at[-1] - at[0]) * 1000, 2), **parts}

@@ -1,0 +1,157 @@
+"""What could make a transfer fail later is looked for before its first byte; every reason is reported at once."""
+
+from __future__ import annotations
+
+import os
+
+import psycopg
+
+from ..core.errors import IncompatibleServer, PreflightFailed
+from ..core.topology import Shard, ShardedTable, Topology
+from ..storage import replication, servers, tables
+from ..storage.connections import Connection, ShardConnections, value
+
+ALLOW_FSYNC_OFF = "SHARDKIT_ALLOW_FSYNC_OFF"
+"""Environment variable that lets servers with fsync=off take part: throw-away ones, of a demo or of tests."""
+
+
+def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnections) -> None:
+    """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target``."""
+    here, there = shards.get(source), shards.get(target)
+    reasons: list[str] = []
+    for shard, connection in ((source, here), (target, there)):
+        reasons += [f"shard {shard.name}: {reason}" for reason in _server(connection)]
+    reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
+    reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
+    for table in topology.tables:
+        reasons += _table(table, here, there, source, target)
+    if not topology.tables:
+        reasons.append("no table is declared, so nothing would be carried: declare the sharded tables first")
+    if not reasons:
+        reasons += _reachable(here, there, source, target)
+    if reasons:
+        raise PreflightFailed(
+            f"Rows cannot move from {source.name} to {target.name}:\n" + "\n".join(f"  - {text}" for text in reasons),
+            reasons=reasons,
+        )
+
+
+def _server(connection: Connection) -> list[str]:
+    reasons = []
+    try:
+        servers.check_server(connection)
+    except IncompatibleServer as error:
+        reasons.append(error.message)
+    fsync = servers.settings(connection, "fsync")["fsync"]
+    if fsync != "on" and not os.environ.get(ALLOW_FSYNC_OFF):
+        reasons.append(f"fsync is {fsync}: a crash would bring an old fence back")
+    may_bypass, may_replicate = connection.execute(
+        "SELECT (SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user), "
+        "(SELECT rolsuper OR rolreplication FROM pg_roles WHERE rolname = current_user)"
+    ).fetchone() or (False, False)
+    if not may_bypass:
+        reasons.append("the mover's role is neither superuser nor BYPASSRLS, so row security could hide rows from it")
+    if not may_replicate:
+        reasons.append("the mover's role has no REPLICATION attribute")
+    try:
+        with connection.transaction(force_rollback=True):
+            connection.execute("SET LOCAL session_replication_role = replica")
+    except psycopg.errors.InsufficientPrivilege:
+        reasons.append("the mover's role may not set session_replication_role (GRANT SET ON PARAMETER ...)")
+    return reasons
+
+
+def _sender(source: Connection) -> list[str]:
+    reasons = []
+    slots, senders = source.execute(
+        """
+        SELECT current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots),
+               current_setting('max_wal_senders')::int - (SELECT count(*) FROM pg_stat_replication)
+        """
+    ).fetchone() or (0, 0)
+    # One for the subscription, and one at least for a table's first copy.
+    if slots < 2:
+        reasons.append(f"{slots} replication slots are free and 2 are needed (max_replication_slots)")
+    if senders < 2:
+        reasons.append(f"{senders} walsenders are free and 2 are needed (max_wal_senders)")
+    doubtful = source.execute(
+        "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
+    ).fetchall()
+    reasons += [f"prepared transaction {gid!r} is in doubt: commit it or roll it back" for (gid,) in doubtful]
+    return reasons
+
+
+def _receiver(target: Connection, tables_to_copy: int) -> list[str]:
+    reasons = []
+    workers, origins = target.execute(
+        """
+        SELECT current_setting('max_logical_replication_workers')::int
+                   - (SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL),
+               coalesce(current_setting('max_active_replication_origins', true),
+                        current_setting('max_replication_slots'))::int
+                   - (SELECT count(*) FROM pg_replication_origin_status)
+        """
+    ).fetchone() or (0, 0)
+    if workers < 2:
+        reasons.append(f"{workers} logical replication workers are free and 2 are needed")
+    if origins < tables_to_copy + 1:
+        reasons.append(f"{origins} replication origins are free and {tables_to_copy + 1} are needed")
+    return reasons
+
+
+def _table(
+    table: ShardedTable, here: Connection, there: Connection, source: Shard, target: Shard
+) -> list[str]:
+    mine, other = tables.describe(here, table), tables.describe(there, table)
+    reasons = tables.differences(table, mine, other)
+    reasons += [f"shard {source.name}: {text}" for text in tables.key_problems(table, mine)]
+    if mine is None or other is None:
+        return reasons
+    if mine.persistence != "p" or other.persistence != "p":
+        reasons.append(f"table {table} is unlogged or temporary, which logical replication does not carry")
+    if not mine.primary_key and any(column.generated for column in mine.columns):
+        reasons.append(f"table {table} has generated columns and no primary key")
+    if mine.kind == "p" and table.key not in mine.identity_columns:
+        reasons.append(f"partitioned table {table} has no primary key that holds {table.key}")
+    if not _key_is_indexed(here, table):
+        reasons.append(
+            f"table {table} has no index that begins with {table.key}: the last comparison would read all of it"
+        )
+    if value(here, "SELECT 1 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+                   "WHERE i.inhparent = %s::regclass AND NOT c.relispartition", (_name(table, here),)):  # fmt: skip
+        reasons.append(f"table {table} has inheritance children, which are not published with it")
+    for (trigger,) in there.execute(
+        "SELECT tgname FROM pg_trigger WHERE tgrelid = %s::regclass AND tgenabled IN ('A', 'R') AND NOT tgisinternal",
+        (_name(table, there),),
+    ):
+        reasons.append(
+            f"trigger {trigger} of {table} on {target.name} fires for replicated rows (ENABLE ALWAYS or REPLICA)"
+        )
+    return reasons
+
+
+def _name(table: ShardedTable, connection: Connection) -> str:
+    return tables.relation(table).as_string(connection)
+
+
+def _key_is_indexed(connection: Connection, table: ShardedTable) -> bool:
+    return (
+        value(
+            connection,
+            """
+            SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+            WHERE i.indrelid = %s::regclass AND i.indisvalid AND i.indpred IS NULL AND a.attname = %s
+            """,
+            (_name(table, connection), table.key),
+        )
+        is not None
+    )
+
+
+def _reachable(here: Connection, there: Connection, source: Shard, target: Shard) -> list[str]:
+    try:
+        replication.probe_subscription(there, "shardkit_probe", replication.peer_conninfo(here))
+    except psycopg.Error as error:
+        text = " ".join(str(error).split())
+        return [f"the server of {target.name} cannot connect to {source.name}: {text}"]
+    return []

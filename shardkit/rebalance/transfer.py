@@ -1,0 +1,479 @@
+"""One transfer: the actions of `core.move`'s table, carried out on the source, the target and the catalog.
+
+Each action looks, acts, records, and returns the event that the table takes; each can be run again from its beginning
+after a crash at any point. What is to be cleaned up is named in the catalog before it is made. Driven by
+`rebalance.mover`, one thread a transfer; nothing here decides what moves.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psycopg
+
+from ..core.errors import MoverSuperseded, MoveWaiting, ReplicationFailed
+from ..core.move import ACTIONS, FINAL, Action, Event, can_abort, step
+from ..core.topology import Shard, ShardedTable, Topology
+from ..storage import change, fence, purge, replicaidentity, replication, servers, sourceguard, tables
+from ..storage.catalog import Catalog, TransferRow
+from ..storage.connections import Connection, ShardConnections, transaction
+from ..storage.failpoints import failpoint
+from . import preflight
+from .cutover import Cutover, Postponed
+from .progress import Listener, Tracker
+from .verify import Verifier
+
+POLL = 0.1
+"""Seconds between two looks at a copy that runs."""
+SMALL_LAG = 0.5
+"""Seconds in which the target must have applied everything before rows are compared."""
+_DDL = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+
+
+class Interrupted(Exception):
+    """The operator asked the mover to stop; the transfer stays in its phase."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the transfers of a job share: the catalog, the lease, one change of topology at a time, and the stop."""
+
+    catalog_url: str
+    token: int
+    stop: threading.Event
+    listener: Listener
+    changing: threading.Lock
+    patience: float
+
+    def pause(self, seconds: float) -> None:
+        """Wait, or raise `Interrupted` at once when the operator stops the mover."""
+        if self.stop.wait(seconds):
+            raise Interrupted
+
+
+class TransferRun:
+    """A transfer under way. A context manager that closes its connections."""
+
+    def __init__(self, row: TransferRow, around: Surroundings) -> None:
+        self.row = row
+        self.around = around
+        self.catalog = Catalog.open(around.catalog_url, application="shardkit mover").use_lease(around.token)
+        # Changes of the topology hold a transaction open; what looks on meanwhile needs connections of its own.
+        self.shards = ShardConnections()
+        self.probes = ShardConnections("shardkit mover probe")
+        self.name = f"shardkit_{self.catalog.cluster_id().hex[:8]}_{row.id}"
+        topology = self.topology()
+        self.source_shard = topology.by_id[row.source]
+        self.target_shard = topology.by_id[row.target]
+        self.tables = topology.tables
+        self.track = Tracker(row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener)
+        self._verifier: Verifier | None = None
+        self._actions: dict[Action, Callable[[], Event]] = {
+            Action.START: lambda: Event.STARTED,
+            Action.PREPARE: self._prepare,
+            Action.COPY: self._copy,
+            Action.CATCH_UP: self._catch_up,
+            Action.VERIFY: self._verify,
+            Action.CUT_OVER: self._cut_over,
+            Action.OPEN: self._open,
+            Action.PURGE: self._purge,
+            Action.UNDO: self._undo,
+        }
+
+    def __enter__(self) -> TransferRun:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shards.__exit__(*exc)
+        self.probes.__exit__(*exc)
+        self.catalog.__exit__(*exc)
+
+    # --- the way through the table ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Go from the stored phase to a final one."""
+        while self.row.phase not in FINAL:
+            self.around.pause(0)
+            self.track.enter(self.row.phase)
+            failpoint(f"{self.row.phase.value}.begin")
+            self._take(self._actions[ACTIONS[self.row.phase]]())
+        self.track.enter(self.row.phase)
+
+    def abort(self) -> None:
+        """Turn back, if the decision lies ahead; else do nothing."""
+        if can_abort(self.row.phase):
+            self._take(Event.ABORT)
+
+    def _take(self, event: Event) -> None:
+        transition = step(self.row.phase, event)
+        failpoint(f"{self.row.phase.value}.end")
+        self.catalog.enter(self.row, transition.next, transition.sentence)
+        self.row = replace(self.row, phase=transition.next)
+
+    def topology(self) -> Topology:
+        """The topology that the catalog holds now."""
+        topology = self.catalog.current()
+        assert topology is not None
+        return topology
+
+    @property
+    def source(self) -> Connection:
+        """The source, for looking and for short transactions."""
+        return self.probes.get(self.source_shard)
+
+    @property
+    def target(self) -> Connection:
+        """The target, for looking and for short transactions."""
+        return self.probes.get(self.target_shard)
+
+    def _wait_for(self, reason: str | None) -> None:
+        if reason != self.track.now.waiting_for:
+            self.track.update(waiting_for=reason)
+            self.catalog.waiting(self.row.id, reason)
+
+    def _change(self, make: Callable[[Topology, int], Topology], patience: float, **hooks: Any) -> None:
+        def next_topology(current: Topology | None, version: int) -> Topology:
+            assert current is not None
+            return make(current, version)
+
+        with self.around.changing:
+            change.apply(
+                self.catalog, self.shards, next_topology, report=self._wait_for, patience=patience, **hooks
+            )
+
+    def _patiently_change(self, make: Callable[[Topology, int], Topology]) -> None:
+        """A change that may wait for a long transaction, without holding up the other transfers."""
+        deadline = time.monotonic() + self.around.patience
+        while True:
+            try:
+                return self._change(make, 1.0)
+            except MoveWaiting:
+                if time.monotonic() > deadline:
+                    raise
+                self.around.pause(0.2)
+
+    def _with_lock_retries(self, what: str, shard: Shard, act: Callable[[], None]) -> None:
+        """Repeat DDL that gives up its lock soon, so that writers never queue behind it for long."""
+        deadline = time.monotonic() + self.around.patience
+        pause = 0.02
+        while True:
+            try:
+                act()
+                return self._wait_for(None)
+            except psycopg.errors.LockNotAvailable as error:
+                blocker = replication.oldest_writer(self.probes.get(shard)) or "a session that reads the table"
+                self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
+                if time.monotonic() > deadline:
+                    raise MoveWaiting(f"{what} on shard {shard.name} could not get its lock: {blocker}.") from error
+            self.around.pause(pause)
+            pause = min(pause * 1.5, 1.0)
+
+    # --- prepare ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> Event:
+        topology = self.topology()
+        if not topology.by_id[self.row.target].in_transit.issuperset(self.row.arcs):
+            preflight.check(topology, self.source_shard, self.target_shard, self.shards)
+            for table in self.tables:
+                self._fit_replica_identity(table)
+            self._patiently_change(lambda now, version: now.marked(version, self.row.target, self.row.arcs))
+        self._drop_replication()
+        self._delete_rows(self.target_shard)
+        for index, table in enumerate(self.tables):
+            self._with_lock_retries(
+                f"the trigger on {table}", self.source_shard, lambda i=index, t=table: self._install(i, t)
+            )
+        identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
+        rows, size = self._estimate()
+        self.catalog.note(self.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
+        return Event.PREPARED
+
+    def _install(self, index: int, table: ShardedTable) -> None:
+        with transaction(self.source, *_DDL):
+            change.claim(self.source, self.around.token)
+            sourceguard.install(self.source, self.row.id, index, table, self.row.arcs)
+
+    def _fit_replica_identity(self, table: ShardedTable) -> None:
+        if replicaidentity.fits(self.source, table):
+            return
+        replicaidentity.prepare_index(self.source, table)
+        self._with_lock_retries(
+            f"the replica identity of {table}", self.source_shard, lambda: replicaidentity.use(self.source, table)
+        )
+
+    def _both(self) -> Iterable[tuple[Shard, Connection]]:
+        return ((self.source_shard, self.source), (self.target_shard, self.target))
+
+    def _estimate(self) -> tuple[int, int]:
+        """Rows and bytes that the arcs hold, by the server's statistics and the share of the source's positions."""
+        owned = self.topology().owned(self.row.source)
+        held = (owned | self.row.arcs).width
+        share = self.row.arcs.width / held
+        found = [tables.describe(self.source, table) for table in self.tables]
+        rows = sum(max(table.rows_estimate, 0.0) for table in found if table)
+        return int(rows * share), int(sum(table.bytes for table in found if table) * share)
+
+    def _same_servers(self) -> bool:
+        """Whether both servers are the ones that the copy began with, and its slot is there."""
+        stored = self.catalog.transfer(self.row.id).record.get("identities", {})
+        if any(stored.get(shard.name) != _identity_json(connection) for shard, connection in self._both()):
+            return False
+        return not replication.subscription_exists(self.target, self.name) or replication.slot_exists(
+            self.source, self.name
+        )
+
+    # --- copy, catch up, verify ------------------------------------------------------------------------------------
+
+    def _copy(self) -> Event:
+        if not self._same_servers():
+            return Event.SERVER_CHANGED
+        record = self.catalog.transfer(self.row.id).record
+        self.track.update(rows_expected=record["rows_expected"], bytes_expected=record["bytes_expected"])
+        started = time.monotonic()
+        self._subscribe()
+        rows: dict[str, int] = {}
+        size: dict[str, int] = {}
+        forgot = time.monotonic()
+        while True:
+            state = self._copy_state()
+            rows |= state.rows
+            size |= state.bytes
+            self.track.update(rows=sum(rows.values()), bytes=sum(size.values()))
+            if state.ready == state.tables == len(self.tables):
+                break
+            failpoint("copying.poll")
+            if time.monotonic() - forgot > 5:
+                sourceguard.forget_changes(self.source, self.row.id)
+                forgot = time.monotonic()
+            self.around.pause(POLL)
+        seconds = record.get("copy_seconds", 0.0) + time.monotonic() - started
+        self.catalog.note(self.row.id, copy_seconds=seconds)
+        return Event.COPIED
+
+    def _subscribe(self) -> None:
+        if replication.subscription_exists(self.target, self.name):
+            replication.set_enabled(self.target, self.name, True)
+            return
+        with transaction(self.source, *change.OPENING):
+            change.claim(self.source, self.around.token)
+            replication.create_publication(self.source, self.name, self.tables, self.row.arcs)
+        failpoint("copying.published")
+        self._create_slot()
+        failpoint("copying.slot")
+        with self.around.changing, transaction(self.target, *change.OPENING):
+            change.claim(self.target, self.around.token)
+            fence.guard(self.target, self.topology().by_id[self.row.target].fence)
+            replication.create_subscription(self.target, self.name, replication.peer_conninfo(self.source))
+        failpoint("copying.subscribed")
+
+    def _create_slot(self) -> None:
+        deadline = time.monotonic() + self.around.patience
+        while True:
+            try:
+                self.source.execute("SET statement_timeout = '2s'")
+                replication.create_slot(self.source, self.name)
+                return self._wait_for(None)
+            except psycopg.errors.QueryCanceled as error:
+                blocker = replication.oldest_writer(self.source) or "a prepared transaction"
+                self._wait_for(f"the replication slot on shard {self.source_shard.name} waits for {blocker}")
+                if time.monotonic() > deadline:
+                    raise MoveWaiting(f"No replication slot could be made: {blocker} is still open.") from error
+            finally:
+                self.source.execute("RESET statement_timeout")
+            self.around.pause(POLL)
+
+    def _copy_state(self) -> replication.CopyState:
+        state = replication.copy_state(self.target, self.name)
+        if state is None or not state.enabled:
+            raise ReplicationFailed(
+                f"The subscription {self.name} on shard {self.target_shard.name} has stopped on an error.",
+                shard=self.target_shard.name,
+                errors=state.errors if state else None,
+            )
+        return state
+
+    def _catch_up(self) -> Event:
+        if not self._same_servers():
+            return Event.SERVER_CHANGED
+        replication.set_enabled(self.target, self.name, True)
+        while self._wait_replayed() > SMALL_LAG:
+            self.around.pause(0)
+        return Event.CAUGHT_UP
+
+    def _wait_replayed(self) -> float:
+        """Wait until the target has applied what is committed on the source now; the seconds it took."""
+        started = time.monotonic()
+        position = replication.position_now(self.source)
+        while True:
+            sender = replication.sender(self.source, self.name, position)
+            self.track.update(lag_bytes=sender.lag_bytes if sender else None)
+            if sender is not None and sender.passed:
+                self._wait_for(None)
+                return time.monotonic() - started
+            self._copy_state()
+            if time.monotonic() - started > 2:
+                self._wait_for(f"shard {self.target_shard.name} applies the writes made meanwhile")
+            self.around.pause(0.005)
+
+    def _verify(self) -> Event:
+        if not self._same_servers():
+            return Event.SERVER_CHANGED
+        record = self.catalog.transfer(self.row.id).record
+        self.track.update(rows_expected=record["rows_expected"])
+        self._verifier = Verifier(
+            self.source,
+            self.target,
+            self.row.id,
+            self.tables,
+            self.row.arcs,
+            wait_replayed=lambda: self._wait_replayed() and None,
+            on_rows=lambda rows: self.track.update(rows=self.track.now.rows + rows),
+        )
+        self._verifier.run()
+        return Event.VERIFIED
+
+    # --- the decision ----------------------------------------------------------------------------------------------
+
+    def _cut_over(self) -> Event:
+        if self._decided():
+            return Event.DECIDED
+        if not self._same_servers():
+            return Event.SERVER_CHANGED
+        if self._verifier is None:
+            return Event.POSTPONED  # what was noted as written is not known to this process: compare again
+        cutover = Cutover(self, self._verifier)
+        deadline = time.monotonic() + self.around.patience
+        while True:
+            self._verifier.settle_once()
+            try:
+                self._change(
+                    lambda now, version: now.cut_over(version, self.row.source, self.row.target, self.row.arcs),
+                    1.0,
+                    while_closed=cutover.while_closed,
+                    on_open=cutover.on_open,
+                    clock=cutover.clock,
+                )
+            except (Postponed, MoveWaiting) as error:
+                if time.monotonic() > deadline:
+                    raise MoveWaiting(
+                        f"No moment to cut over was found within {self.around.patience:.0f} s: {error}"
+                    ) from error
+                self.around.pause(0.05)
+                continue
+            self.catalog.note(self.row.id, pause_ms=cutover.pause_ms(), certificate=self._verifier.certificate)
+            return Event.DECIDED
+
+    def _decided(self) -> bool:
+        return self.topology().owned(self.row.target).issuperset(self.row.arcs)
+
+    def _open(self) -> Event:
+        if not self._decided():
+            raise MoverSuperseded("The catalog does not hold the topology that this transfer decided.")
+        return Event.OPENED
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _purge(self) -> Event:
+        self._drop_replication()
+        self.track.update(rows_expected=sum(self._certified_rows().values()))
+        deleted = self._delete_rows(self.source_shard)
+        self._remove_triggers()
+        self._change(lambda now, version: now.unmarked(version, self.row.source, self.row.arcs), self.around.patience)
+        purged = self.catalog.transfer(self.row.id).record.get("rows_purged", 0)
+        self.catalog.note(self.row.id, rows_purged=purged + deleted)
+        return Event.PURGED
+
+    def _certified_rows(self) -> dict[str, int]:
+        certificate = self.catalog.transfer(self.row.id).record.get("certificate", {})
+        return dict(certificate.get("rows", {}))
+
+    def _drop_replication(self) -> None:
+        """Subscription first, and the slot when nobody uses it any more; nothing that was never made is missed."""
+        with transaction(self.target, *change.OPENING):
+            change.claim(self.target, self.around.token)
+            replication.drop_subscription(self.target, self.name)
+        failpoint("drop.subscription")
+        with transaction(self.source, *change.OPENING):
+            change.claim(self.source, self.around.token)
+            replication.drop_publication(self.source, self.name)
+        while not replication.drop_slot(self.source, self.name):
+            self.around.pause(0.02)
+        failpoint("drop.slot")
+
+    def _delete_rows(self, shard: Shard) -> int:
+        """Delete the rows of the arcs on a shard that does not own them, under the guard of a topology that says so."""
+        connection = self.probes.get(shard)
+        deleted = 0
+        for table in self.tables:
+            deleted += self._delete_from(connection, shard, table)
+        return deleted
+
+    def _delete_from(self, connection: Connection, shard: Shard, table: ShardedTable) -> int:
+        topology = self.topology()
+        done = 0
+
+        def on_batch(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self.track.update(rows=self.track.now.rows + rows)
+            self.around.pause(0)
+
+        while True:
+            if topology.owned(shard.id) & self.row.arcs:
+                raise MoverSuperseded(f"Shard {shard.name} owns arcs whose rows were to be deleted there.")
+            in_force = topology.by_id[shard.id].fence
+            try:
+                purge.delete_arcs(
+                    connection,
+                    table,
+                    self.row.arcs,
+                    token=self.around.token,
+                    current_fence=lambda fence=in_force: fence,
+                    on_batch=on_batch,
+                )
+                return done
+            except psycopg.errors.UndefinedTable:
+                # Another transfer changed this shard's fence; look again under what is in force now.
+                topology = self.topology()
+            except psycopg.errors.LockNotAvailable:
+                self.around.pause(0.02)
+
+    def _remove_triggers(self) -> None:
+        for index, table in enumerate(self.tables):
+            self._with_lock_retries(
+                f"the trigger on {table}", self.source_shard, lambda i=index, t=table: self._uninstall(i, t)
+            )
+        with transaction(self.source):
+            change.claim(self.source, self.around.token)
+            sourceguard.clear(self.source, self.row.id)
+
+    def _uninstall(self, index: int, table: ShardedTable) -> None:
+        with transaction(self.source, *_DDL):
+            change.claim(self.source, self.around.token)
+            sourceguard.remove(self.source, self.row.id, index, table)
+
+    def _undo(self) -> Event:
+        # Written on the source first: a decision by an older mover is now made already or can never be.
+        with transaction(self.source, ("synchronous_commit", "on")):
+            change.claim(self.source, self.around.token)
+        with self.around.changing:
+            change.settle(self.catalog, self.shards)
+        if self._decided():
+            return Event.DECIDED
+        self._drop_replication()
+        if self.topology().by_id[self.row.target].in_transit.issuperset(self.row.arcs):
+            self._delete_rows(self.target_shard)
+            self._change(
+                lambda now, version: now.unmarked(version, self.row.target, self.row.arcs), self.around.patience
+            )
+        self._remove_triggers()
+        return Event.UNDONE
+
+
+def _identity_json(connection: Connection) -> list[Any]:
+    identity = servers.identity(connection)
+    return [identity.system, identity.timeline]

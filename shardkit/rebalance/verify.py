@@ -1,0 +1,138 @@
+"""Verification: the moving rows are the same on both sides, by content, while writers go on.
+
+Counts prove nothing, and two snapshots of a table that is written never agree. So: digests of whole chunks first; the
+keys of chunks that differ, and the keys that triggers on the source note as written, are compared again one by one
+after the target has applied everything up to then. A key that differs though nobody wrote it since is a real
+difference. What is still noted when that ends is small, and is compared for the last time inside the cutover, when
+nobody can write: `remaining_differences`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.errors import VerificationFailed
+from ..core.keyrange import ArcSet
+from ..core.topology import ShardedTable
+from ..storage import digest, sourceguard
+from ..storage.connections import Connection
+from ..storage.tables import describe
+
+Suspect = tuple[int, str]
+"""A table's number and a key of it, as text."""
+
+NOTES_A_ROUND = 20_000
+KEYS_A_QUERY = 1_000
+SMALL = 200
+"""So many noted keys may be left for the cutover."""
+
+
+@dataclass
+class Verifier:
+    """Compares the rows of ``arcs`` in ``tables`` on two servers; one for the whole life of a transfer's driver."""
+
+    source: Connection
+    target: Connection
+    transfer: int
+    tables: Sequence[ShardedTable]
+    arcs: ArcSet
+    wait_replayed: Callable[[], None]
+    on_rows: Callable[[int], None]
+    suspects: set[Suspect] = field(default_factory=set)
+    certificate: dict[str, Any] = field(default_factory=dict)
+    _columns: list[list[str]] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Compare everything; `VerificationFailed` names the keys that differ."""
+        self._columns = [self._columns_of(table) for table in self.tables]
+        sourceguard.forget_changes(self.source, self.transfer)
+        self.suspects.clear()
+        counts: dict[str, int] = {}
+        number_of_chunks = 0
+        for index, table in enumerate(self.tables):
+            rows, pieces = self._compare_chunks(index, table)
+            counts[str(table)] = rows
+            number_of_chunks += pieces
+        rounds = self._settle()
+        self.certificate = {
+            "rows": counts,
+            "chunks": number_of_chunks,
+            "rounds": rounds,
+            "arcs": [list(arc) for arc in self.arcs],
+        }
+
+    def remaining_differences(self) -> None:
+        """The last comparison, inside the cutover: of what was written since. Nobody may be writing."""
+        left = self.suspects | set(sourceguard.peek_changes(self.source, self.transfer))
+        differing = self._compare_keys(left)
+        self.certificate["checked_in_cutover"] = len(left)
+        if differing:
+            self._fail(differing)
+
+    def settle_once(self) -> int:
+        """Compare what was noted so far; the number of keys noted since, which the caller may want smaller."""
+        noted = self.suspects | set(sourceguard.take_changes(self.source, self.transfer, NOTES_A_ROUND))
+        self.wait_replayed()
+        differing = self._compare_keys(noted)
+        since = set(sourceguard.peek_changes(self.source, self.transfer))
+        if real := differing - since:
+            self._fail(real)
+        self.suspects = differing
+        return len(since | differing)
+
+    def _settle(self, rounds: int = 50) -> int:
+        """Rounds until little is left; the number made. A table written faster than it can be compared ends too: the
+        cutover has the last word."""
+        for made in range(1, rounds + 1):
+            if self.settle_once() <= SMALL:
+                return made
+        return rounds
+
+    def _columns_of(self, table: ShardedTable) -> list[str]:
+        found = describe(self.source, table)
+        assert found is not None
+        return [column.name for column in found.columns]
+
+    def _compare_chunks(self, index: int, table: ShardedTable) -> tuple[int, int]:
+        found = describe(self.source, table)
+        pieces = digest.chunks(self.arcs, found.rows_estimate if found else 0)
+        columns = self._columns[index]
+        with digest.snapshot(self.source):
+            mine = digest.by_chunk(self.source, table, columns, pieces)
+        with digest.snapshot(self.target):
+            theirs = digest.by_chunk(self.target, table, columns, pieces)
+        for place in sorted(mine.keys() | theirs.keys()):
+            if mine.get(place) != theirs.get(place):
+                self.suspects |= {(index, key) for key in self._differing_keys(table, columns, pieces[place])}
+        rows = sum(part.rows for part in mine.values())
+        self.on_rows(rows)
+        return rows, len(pieces)
+
+    def _differing_keys(self, table: ShardedTable, columns: Sequence[str], piece: Any) -> set[str]:
+        with digest.snapshot(self.source):
+            mine = digest.by_key_of_chunk(self.source, table, columns, piece)
+        with digest.snapshot(self.target):
+            theirs = digest.by_key_of_chunk(self.target, table, columns, piece)
+        return {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+
+    def _compare_keys(self, suspects: Iterable[Suspect]) -> set[Suspect]:
+        by_table: dict[int, list[str]] = {}
+        for index, key in suspects:
+            by_table.setdefault(index, []).append(key)
+        differing: set[Suspect] = set()
+        for index, keys in by_table.items():
+            for start in range(0, len(keys), KEYS_A_QUERY):
+                part = keys[start : start + KEYS_A_QUERY]
+                with digest.snapshot(self.source):
+                    mine = digest.by_key(self.source, self.tables[index], self._columns[index], part)
+                with digest.snapshot(self.target):
+                    theirs = digest.by_key(self.target, self.tables[index], self._columns[index], part)
+                differing |= {(index, key) for key in part if mine.get(key) != theirs.get(key)}
+        return differing
+
+    def _fail(self, differing: set[Suspect]) -> None:
+        named = [f"{self.tables[index]} {self.tables[index].key}={key}" for index, key in sorted(differing)]
+        shown = ", ".join(named[:10]) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
+        raise VerificationFailed(f"The copy differs from its source in the rows of: {shown}.", keys=named)

@@ -1,0 +1,97 @@
+"""The replica identity of a moving table: it must hold the shard key, or the row filter refuses every UPDATE.
+
+A primary key with the shard key in it is best. Else a unique index (shard key, primary key) is built without blocking
+writers; a table without a primary key gets FULL. What was there before is stored on the shard and set back when the
+job is over.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from ..core.topology import ShardedTable
+from .connections import Connection, transaction
+from .predicate import relation
+from .tables import describe
+
+# ALTER TABLE waits for every reader, and every reader behind it waits too.
+_SETTINGS = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+
+
+def _index(table: ShardedTable) -> str:
+    # 63 bytes at most, and one a table: the oid would be shorter, but is another after a restore.
+    return f"shardkit_identity_{table.name}"[:55]
+
+
+def fits(connection: Connection, table: ShardedTable) -> bool:
+    """Whether the table's replica identity holds the shard key already."""
+    found = describe(connection, table)
+    return found is not None and table.key in found.identity_columns
+
+
+def prepare_index(connection: Connection, table: ShardedTable) -> None:
+    """Build the unique index, outside any transaction; one that an interrupted run left invalid is built again."""
+    found = describe(connection, table)
+    if found is None or not found.primary_key or table.key in found.identity_columns:
+        return
+    name = sql.Identifier(table.schema, _index(table))
+    valid = connection.execute(
+        "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass(%s)", (name.as_string(connection),)
+    ).fetchone()
+    if valid is not None and valid[0]:
+        return
+    connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
+    columns = [table.key, *(column for column in found.primary_key if column != table.key)]
+    connection.execute(
+        sql.SQL("CREATE UNIQUE INDEX CONCURRENTLY {} ON {} ({})").format(
+            sql.Identifier(_index(table)), relation(table), sql.SQL(", ").join(map(sql.Identifier, columns))
+        )
+    )
+
+
+def use(connection: Connection, table: ShardedTable) -> None:
+    """Switch to the index, or to FULL; remembers what was there. One attempt at the lock."""
+    found = describe(connection, table)
+    if found is None or table.key in found.identity_columns:
+        return
+    name = relation(table).as_string(connection)
+    with transaction(connection, *_SETTINGS):
+        connection.execute(
+            """
+            INSERT INTO shardkit.replica_identity (relation, kind, index_name)
+            SELECT %(name)s, c.relreplident, (
+                SELECT x.relname FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
+                WHERE i.indrelid = c.oid AND i.indisreplident)
+            FROM pg_class c WHERE c.oid = %(name)s::regclass
+            ON CONFLICT DO NOTHING
+            """,
+            {"name": name},
+        )
+        if found.primary_key:
+            how = sql.SQL("USING INDEX {}").format(sql.Identifier(_index(table)))
+        else:
+            how = sql.SQL("FULL")
+        connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
+
+
+def restore(connection: Connection, table: ShardedTable) -> None:
+    """Set back what was there before the job, and drop the index. One attempt at the lock; can be run again."""
+    name = relation(table).as_string(connection)
+    row = connection.execute(
+        "SELECT kind::text, index_name FROM shardkit.replica_identity WHERE relation = %s", (name,)
+    ).fetchone()
+    if row is None:
+        return
+    kind, index = row
+    how = {
+        "d": sql.SQL("DEFAULT"),
+        "n": sql.SQL("NOTHING"),
+        "f": sql.SQL("FULL"),
+        "i": sql.SQL("USING INDEX {}").format(sql.Identifier(index or "")) if index else sql.SQL("DEFAULT"),
+    }[kind]
+    with transaction(connection, *_SETTINGS):
+        connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
+        connection.execute(
+            sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))
+        )
+        connection.execute("DELETE FROM shardkit.replica_identity WHERE relation = %s", (name,))
