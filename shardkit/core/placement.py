@@ -1,0 +1,226 @@
+"""Placement: which slots each shard should own, and the fewest that have to move for it.
+
+`plan` is a pure function from a topology and the weights wanted to a `Placement`: the transfers of a job and the
+tokens it ends with. Adding, draining and reweighting shards, one or several, are all the same call. The commands
+drive it, the mover carries out what it says; nothing here makes a topology, asks a server, or knows of rows.
+
+Quotas are slots by largest remainder, where those left over by rounding go first to shards that hold them already: so
+every count is within one slot of the exact share, and no other such rounding moves fewer slots. Which slots make up a
+surplus, and who receives them, is `allocation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from .allocation import Run, append, dealt, given_away
+from .errors import TopologyInvalid, TopologyUnaligned, WeightInvalid
+from .keyrange import SLOT_BITS, SLOTS, Arc, ArcSet, slot_arc, slot_of
+from .topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The arcs that pass from one shard to another: shard ids and whole slots."""
+
+    source: int
+    target: int
+    arcs: ArcSet
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a job has to move, and where it ends.
+
+    ``transfers`` has one entry a (source, target), sorted; no arc is in two of them, so they can be carried out in any
+    order. ``tokens`` and ``owners`` are those of the topology after all of them. ``slots_moved`` counts the slots of
+    the transfers, ``slots_minimum`` is the least that any placement within one slot of the exact shares could move.
+    """
+
+    transfers: tuple[Transfer, ...]
+    tokens: tuple[int, ...]
+    owners: tuple[int, ...]
+    slots_moved: int
+    slots_minimum: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The placement as JSON values; `from_json` is the exact inverse."""
+        return {
+            "transfers": [
+                {"source": t.source, "target": t.target, "arcs": [list(arc) for arc in t.arcs]}
+                for t in self.transfers
+            ],
+            "tokens": list(self.tokens),
+            "owners": list(self.owners),
+            "slots_moved": self.slots_moved,
+            "slots_minimum": self.slots_minimum,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """The placement of a document made by `to_json`; `TopologyInvalid` if it is none."""
+        try:
+            transfers = tuple(
+                Transfer(t["source"], t["target"], ArcSet(Arc(first, last) for first, last in t["arcs"]))
+                for t in document["transfers"]
+            )
+            return cls(
+                transfers,
+                tuple(document["tokens"]),
+                tuple(document["owners"]),
+                document["slots_moved"],
+                document["slots_minimum"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TopologyInvalid(f"This is no placement document: {error!r}.") from error
+
+
+# --- quotas -------------------------------------------------------------------------------------------------
+
+
+def quotas(weights: Mapping[int, int], current: Mapping[int, int]) -> dict[int, int]:
+    """Slots that each shard should own, by shard id; they add up to 65,536.
+
+    Each is the exact share, rounded down or up. Rounded up are first those that hold more than the share rounded down
+    in ``current`` (slots owned now; absent is none), as they then have one slot less to give away; then those that
+    receive in any case; within these by largest remainder. `WeightInvalid` if the weights give no placement.
+    """
+    total = _total(weights)
+    quota: dict[int, int] = {}
+    rounded_up: list[tuple[int, int, int]] = []
+    for shard_id, weight in weights.items():
+        quota[shard_id], remainder = divmod(SLOTS * weight, total)
+        if remainder:
+            rank = _rounding_rank(current.get(shard_id, 0), quota[shard_id])
+            rounded_up.append((rank, -remainder, shard_id))
+    left_over = SLOTS - sum(quota.values())
+    for _, _, shard_id in sorted(rounded_up)[:left_over]:
+        quota[shard_id] += 1
+    return quota
+
+
+def _rounding_rank(held: int, rounded_down: int) -> int:
+    if held > rounded_down:
+        return 0
+    return 1 if held < rounded_down or not held else 2
+
+
+def _total(weights: Mapping[int, int]) -> int:
+    for shard_id, weight in weights.items():
+        if type(weight) is not int or weight < 0:
+            raise WeightInvalid(
+                f"The weight of shard {shard_id} is {weight!r}; a weight is a whole number from 0 up.",
+                shard_id=shard_id,
+                weight=weight,
+            )
+    total = sum(weights.values())
+    if not total:
+        raise WeightInvalid("No shard has a weight above 0, so there is none to own the keys.")
+    return total
+
+
+def _minimum(weights: Mapping[int, int], current: Mapping[int, int]) -> int:
+    """The least number of slots that must move, whatever the rounding: what shards hold above their share rounded up
+    must leave, and what they lack of their share rounded down must arrive."""
+    total = sum(weights.values())
+    leave = sum(max(0, current[s] - -(-SLOTS * weight // total)) for s, weight in weights.items())
+    arrive = sum(max(0, SLOTS * weight // total - current[s]) for s, weight in weights.items())
+    return max(leave, arrive)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+
+def initial(weights: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens and owners of a first topology: one arc a shard, in the order of the ids. `WeightInvalid` as `quotas`."""
+    runs: list[Run] = []
+    first = 0
+    for shard_id, count in sorted(quotas(weights, {}).items()):
+        if count:
+            runs.append(Run(first, first + count, shard_id))
+            first += count
+    return _tokens(runs)
+
+
+def plan(topology: Topology, weights: Mapping[int, int]) -> Placement:
+    """The placement of ``topology`` under ``weights``, given by shard id for all of its shards; 0 drains a shard.
+
+    Deterministic, and independent of the order of shards and weights. `WeightInvalid` if a weight is missing, negative
+    or of a shard that there is not, or all are 0; `TopologyUnaligned` if a token is not the end of a slot.
+    """
+    _check_ids(topology, weights)
+    runs = _runs(topology)
+    held = dict.fromkeys(weights, 0)
+    for run in runs:
+        held[run.owner] += run.width
+    wanted = quotas(weights, held)
+    surplus = {shard_id: held[shard_id] - wanted[shard_id] for shard_id in sorted(wanted)}
+    need = {shard_id: -count for shard_id, count in surplus.items() if count < 0}
+    given = given_away(runs, {shard_id: count for shard_id, count in surplus.items() if count > 0}, need)
+    return _placement(topology, runs, dealt(runs, given, need), _minimum(weights, held))
+
+
+def _check_ids(topology: Topology, weights: Mapping[int, int]) -> None:
+    missing = [shard.name for shard in topology.shards if shard.id not in weights]
+    if missing:
+        raise WeightInvalid(f"No weight is given for: {', '.join(sorted(missing))}.", missing=sorted(missing))
+    unknown = sorted(weights.keys() - topology.by_id.keys())
+    if unknown:
+        raise WeightInvalid(f"There is no shard with the id {unknown[0]}.", unknown=unknown)
+
+
+def _placement(topology: Topology, runs: Sequence[Run], received: Sequence[Run], minimum: int) -> Placement:
+    arcs: dict[tuple[int, int], list[Arc]] = {}
+    goal: list[Run] = []
+    moved = 0
+    for source, part in _parts(runs, received):
+        if source != part.owner:
+            arcs.setdefault((source, part.owner), []).append(slot_arc(part.first, part.width))
+            moved += part.width
+        append(goal, part)
+    transfers = tuple(Transfer(*pair, ArcSet(arcs[pair])) for pair in sorted(arcs))
+    # Without a transfer there is no next topology either, so one that cuts an arc in two keeps its tokens.
+    tokens, owners = _tokens(goal) if transfers else (topology.tokens, topology.owners)
+    return Placement(transfers, tokens, owners, moved, minimum)
+
+
+def _parts(runs: Sequence[Run], received: Sequence[Run]) -> Iterator[tuple[int, Run]]:
+    """All slots in order as (owner before, run after), none of them across a run of before."""
+    upcoming = iter(sorted(received))
+    taken = next(upcoming, None)
+    for run in runs:
+        at = run.first
+        while at < run.end:
+            if taken is None or taken.first >= run.end:
+                end, owner = run.end, run.owner
+            elif at < taken.first:
+                end, owner = taken.first, run.owner
+            else:
+                end, owner = min(taken.end, run.end), taken.owner
+            yield run.owner, Run(at, end, owner)
+            at = end
+            if taken is not None and at == taken.end:
+                taken = next(upcoming, None)
+
+
+def _runs(topology: Topology) -> list[Run]:
+    runs: list[Run] = []
+    first = 0
+    for token, owner in zip(topology.tokens, topology.owners, strict=True):
+        if token + 1 & (1 << SLOT_BITS) - 1:
+            raise TopologyUnaligned(
+                f"The token {token} of topology {topology.version} lies inside a slot, and placements are made of "
+                "whole slots.",
+                token=token,
+                version=topology.version,
+            )
+        end = slot_of(token) + 1
+        append(runs, Run(first, end, owner))
+        first = end
+    return runs
+
+
+def _tokens(runs: Sequence[Run]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(slot_arc(run.first, run.width).last for run in runs), tuple(run.owner for run in runs)
