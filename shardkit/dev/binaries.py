@@ -47,7 +47,7 @@ class Binaries:
 
     @property
     def major(self) -> int:
-        return int(self.version.split(".")[0].rstrip("abcdefghijklmnopqrstuvwxyz") or 0)
+        return int(re.split(r"\D", self.version, maxsplit=1)[0])
 
     def __str__(self) -> str:
         return f"PostgreSQL {self.version} ({self.source}: {self.folder})"

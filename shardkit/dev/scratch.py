@@ -16,6 +16,7 @@ import shutil
 import stat
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from shardkit.core.errors import ServerFailed
@@ -105,19 +106,23 @@ def bases() -> list[Path]:
 
 
 def choose_base(
-    user: ServerUser | None, *, memory: bool = True, executable: bool = False, length: int | None = None
+    user: ServerUser | None,
+    *,
+    memory: bool = True,
+    executable: bool = False,
+    suits: Callable[[Path], bool] | None = None,
 ) -> Path:
-    """The first base that `user` can enter.
+    """The first base that `user` can enter and that `suits`.
 
-    It is in memory only if `memory` and roomy, programs may run in it if `executable`, and its path has at most
-    `length` bytes. Raises `ServerFailed` where none suits.
+    It is in memory only if `memory` and roomy, and programs may run in it if `executable`. Raises `ServerFailed`
+    where there is none.
     """
     for base in bases():
         if base == _SHARED_MEMORY and not (memory and _roomy()):
             continue
-        if executable and os.statvfs(base).f_flag & getattr(os, "ST_NOEXEC", 0):
+        if suits is not None and not suits(base):
             continue
-        if length is not None and len(os.fsencode(base)) > length:
+        if executable and os.statvfs(base).f_flag & getattr(os, "ST_NOEXEC", 0):
             continue
         if reachable(base, user):
             return base

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -46,8 +47,8 @@ class Workspace:
         try:
             base = choose_base(self.user)
             self._folder = self._sockets = self._scratch(base)
-            if len(os.fsencode(base)) > _BASE_LENGTH:
-                self._sockets = self._scratch(choose_base(self.user, length=_BASE_LENGTH))
+            if not _suits_sockets(base):
+                self._sockets = self._scratch(choose_base(self.user, suits=_suits_sockets))
             self.passfile = self._write_secret("passfile", f"*:*:*:{SUPERUSER}:{self.password}\n")
         except BaseException:
             self.close()
@@ -187,6 +188,13 @@ def server_environment(passfile: Path) -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))}
     return {**inherited, "LC_ALL": "C", "TZ": "UTC", "PGPASSFILE": str(passfile)}
+
+
+def _suits_sockets(base: Path) -> bool:
+    """Whether sockets may be below `base`: libpq takes a comma for the end of a host, and paths must be short."""
+    return (
+        len(os.fsencode(base)) <= _BASE_LENGTH and re.fullmatch(r"[A-Za-z0-9/._+-]+", str(base)) is not None
+    )
 
 
 def _open_to_all(folder: Path) -> None:
