@@ -14,7 +14,6 @@ from typing import Any, SupportsIndex, final
 from uuid import UUID
 
 from ._ringargs import (
-    POSITIONS,
     Key,
     as_buffer,
     checked_position,
@@ -24,6 +23,7 @@ from ._ringargs import (
     listed_positions,
     plain_key,
 )
+from .keyrange import POSITION_MAX, POSITION_MIN
 
 _M32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9 + 3923095
@@ -90,7 +90,7 @@ def position(key: Key) -> int:
 
     `KeyTypeError` for a bool, None, another type, an int outside the signed 64 bits, a str with a surrogate.
     """
-    if type(key) is int and key in POSITIONS:
+    if type(key) is int and POSITION_MIN <= key <= POSITION_MAX:
         return _hash_int(key)
     if type(key) is str:
         try:

@@ -12,16 +12,14 @@ import sys
 from array import array
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, cast
 from uuid import UUID
 
 from .errors import KeyTypeError
+from .keyrange import POSITION_MAX, POSITION_MIN
 
 Key: TypeAlias = int | str | UUID
 """What a shard key can be; bool, though an int to Python, cannot."""
-
-POSITIONS = range(-(2**63), 2**63)
-"""What an int8 column, and so a position, can hold."""
 
 _NATIVE = "<" if sys.byteorder == "little" else ">"
 INT64_FORMATS = frozenset(mark + code for mark in ("", "@", "=", _NATIVE) for code in "ql")
@@ -34,10 +32,15 @@ def refuse(value: object, reason: str, *, role: str = "a shard key") -> NoReturn
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, int) and value not in POSITIONS:
+    if issubclass(type(value), int) and not _in_range(int.__index__(cast("int", value))):
         # Python refuses to print ints of thousands of digits.
-        return f"An int of {value.bit_length()} bits"
+        return f"an int of {int.bit_length(cast('int', value))} bits"
     return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def _in_range(number: int) -> bool:
+    # Not `in range(...)`, which for a subclass of int compares with each member in turn.
+    return POSITION_MIN <= number <= POSITION_MAX
 
 
 def plain_key(value: object) -> Key:
@@ -51,9 +54,10 @@ def plain_key(value: object) -> Key:
         refuse(value, "keys are int (not bool), str or uuid.UUID, and never None")
     if isinstance(value, int):
         _refuse_redefined(value, int, "__int__", "__index__")
-        if value not in POSITIONS:
+        number = int(value)
+        if not _in_range(number):
             refuse(value, "it is outside the signed 64 bits of a bigint")
-        return int(value)
+        return number
     if isinstance(value, str):
         _refuse_redefined(value, str, "encode")
         try:
@@ -66,7 +70,7 @@ def plain_key(value: object) -> Key:
 
 
 def _refuse_redefined(value: object, base: type, *names: str) -> None:
-    if any(getattr(type(value), name) is not getattr(base, name) for name in names):
+    if any(getattr(type(value), name, None) is not getattr(base, name) for name in names):
         refuse(value, f"this subclass of {base.__name__} redefines its value; pass a plain {base.__name__}")
 
 
@@ -98,7 +102,7 @@ def as_buffer(values: Any) -> memoryview | None:
 def checked_position(value: Any) -> int:
     """A position; TypeError if it is no integer, ValueError if it is not within the signed 64 bits."""
     position = operator.index(value)
-    if position not in POSITIONS:
+    if not _in_range(position):
         raise ValueError(f"not a position, which is a signed 64-bit integer: {_shown(position)}")
     return position
 
