@@ -30,7 +30,7 @@ HASHES: dict[LiteralString, tuple[LiteralString, ...]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """So many keys of each family, from a seed."""
+    """So many keys of each type of the family, from a seed."""
 
     ints: int
     texts: int
@@ -39,10 +39,10 @@ class Sample:
     def keys(self, kind: str) -> list[Key]:
         random = Random(f"shardkit {kind}")
         if kind in INT_BITS:
-            return list(_ints(random, INT_BITS[kind], self.ints // len(INT_BITS)))
+            return list(_ints(random, INT_BITS[kind], self.ints))
         if kind == "uuid":
             return list(_uuids(random, self.uuids))
-        return list(_texts(random, self.texts // 2))
+        return list(_texts(random, self.texts))
 
 
 def _ints(random: Random, bits: int, count: int) -> Iterable[int]:
