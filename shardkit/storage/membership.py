@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
-from ..core.errors import (
+from shardkit.core.errors import (
     AlreadyShard,
     DeclarationError,
     JobRunning,
@@ -17,8 +17,9 @@ from ..core.errors import (
     PreflightFailed,
     ShardNotEmpty,
 )
-from ..core.placement import initial
-from ..core.topology import ShardedTable, Topology
+from shardkit.core.placement import initial
+from shardkit.core.topology import ShardedTable, Topology
+
 from . import change, migrate, servers, tables
 from .catalog import Catalog
 from .connections import Connection, ShardConnections, connect_catalog, connect_shard, value
@@ -34,40 +35,61 @@ def initialise(catalog_url: str) -> UUID:
         return catalog.initialise()
 
 
-def join(catalog: Catalog, shards: ShardConnections, *, name: str, url: str, weight: int = 100) -> Topology:
-    """A database becomes a shard that owns nothing yet; the first one owns everything.
+def check_join(
+    catalog: Catalog,
+    shards: ShardConnections,
+    newcomer: Connection,
+    *,
+    name: str,
+    url: str,
+    weight: int = 100,
+) -> Topology:
+    """The topology as it would be with this database as a shard; changes nothing.
 
-    The caller holds the lease. Can be run again after it was interrupted. Refuses, with nothing changed: a name in
-    use, a database that is a shard already, a server that cannot be one, tables that are missing, differ or hold rows.
+    ``newcomer`` is a connection to the database. Refuses: a name in use, a database that is a shard already, a server
+    that cannot be one, tables that are missing, differ or hold rows. Needs every other shard to answer.
     """
-    change.settle(catalog, shards)
     current = catalog.current()
     if catalog.running_job() is not None:
         raise JobRunning
-    url = without_password(url)
+    _check_unclaimed(newcomer, catalog.cluster_id(), current)
     if current is not None and any(shard.name == name for shard in current.shards):
         raise NameTaken(f"A shard named {name!r} exists already.", name=name)
+    servers.check_server(newcomer)
+    for shard in current.shards if current is not None else ():
+        shards.get(shard)
+    if current is not None:
+        _check_tables(newcomer, shards.get(current.shards[0]), current, name)
+    return _joined(current, catalog.next_version(), name, without_password(url), weight)
+
+
+def join(catalog: Catalog, shards: ShardConnections, *, name: str, url: str, weight: int = 100) -> Topology:
+    """A database becomes a shard that owns nothing yet; the first one owns everything.
+
+    The caller holds the lease. Can be run again after it was interrupted. What `check_join` refuses changes nothing.
+    """
+    change.settle(catalog, shards)
+    url = without_password(url)
     with connect_shard(url, name) as connection:
-        servers.check_server(connection)
-        _check_unclaimed(connection, catalog.cluster_id(), name, current)
-        if current is not None:
-            _check_tables(connection, shards.get(current.shards[0]), current, name)
+        expected = check_join(catalog, shards, connection, name=name, url=url, weight=weight)
         migrate.upgrade(url, "shard")
-        shard_id = 0 if current is None else max(shard.id for shard in current.shards) + 1
-        _claim(connection, catalog.cluster_id(), shard_id, name)
-
-    def make(before: Topology | None, version: int) -> Topology:
-        if before is None:
-            tokens, owners = initial({shard_id: weight})
-            return Topology.first(version, [(shard_id, name, url, weight)], tokens, owners)
-        return before.joined(version, shard_id=shard_id, name=name, url=url, weight=weight)
-
-    topology = change.apply(catalog, shards, make)
+        _claim(connection, catalog.cluster_id(), expected.named(name).id, name)
+    topology = change.apply(
+        catalog, shards, lambda before, version: _joined(before, version, name, url, weight)
+    )
     change.drain(catalog, shards)
     return topology
 
 
-def _check_unclaimed(connection: Connection, cluster: UUID, name: str, current: Topology | None) -> None:
+def _joined(current: Topology | None, version: int, name: str, url: str, weight: int) -> Topology:
+    if current is None:
+        tokens, owners = initial({0: weight})
+        return Topology.first(version, [(0, name, url, weight)], tokens, owners)
+    shard_id = max(shard.id for shard in current.shards) + 1
+    return current.joined(version, shard_id=shard_id, name=name, url=url, weight=weight)
+
+
+def _check_unclaimed(connection: Connection, cluster: UUID, current: Topology | None) -> None:
     if value(connection, "SELECT to_regclass('shardkit.shard')") is None:
         return
     row = connection.execute("SELECT cluster_id, name, shard_id FROM shardkit.shard").fetchone()
@@ -75,10 +97,16 @@ def _check_unclaimed(connection: Connection, cluster: UUID, name: str, current: 
         return
     if row[0] != cluster:
         raise AlreadyShard(
-            f"This database is shard {row[1]!r} of another catalog ({row[0]}).", cluster=str(row[0]), name=row[1]
+            f"This database is shard {row[1]!r} of another catalog ({row[0]}).",
+            cluster=str(row[0]),
+            name=row[1],
         )
     if current is not None and row[2] in current.by_id:
-        raise AlreadyShard(f"This database is a shard of this catalog already, named {row[1]!r}.", name=row[1])
+        raise AlreadyShard(
+            f"This database is a shard of this catalog already, named {row[1]!r}.",
+            hint="`shardkit rebalance run` gives it its share of the keys, if it has not got it.",
+            name=row[1],
+        )
 
 
 def _check_tables(connection: Connection, pattern: Connection, current: Topology, name: str) -> None:
@@ -98,12 +126,14 @@ def _check_tables(connection: Connection, pattern: Connection, current: Topology
 
 
 def _claim(connection: Connection, cluster: UUID, shard_id: int, name: str) -> None:
-    connection.execute(
+    claimed = connection.execute(
         "INSERT INTO shardkit.shard (cluster_id, shard_id, name) VALUES (%s, %s, %s) "
         "ON CONFLICT (singleton) DO UPDATE SET shard_id = excluded.shard_id, name = excluded.name "
         "WHERE shard.cluster_id = excluded.cluster_id",
         (cluster, shard_id, name),
     )
+    if claimed.rowcount == 0:
+        raise AlreadyShard("Another catalog has just made this database its shard.", name=name)
 
 
 def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[ShardedTable]) -> Topology:
@@ -115,7 +145,9 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[ShardedTab
     change.settle(catalog, shards)
     current = catalog.current()
     if current is None:
-        raise NotInitialised("The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`.")
+        raise NotInitialised(
+            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
+        )
     wanted = {(table.schema, table.name): table for table in new}
     for key, table in wanted.items():
         known = current.by_table.get(key)
@@ -129,10 +161,8 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[ShardedTab
         return current
     if catalog.running_job() is not None:
         raise JobRunning
-    _check_declared(current, shards, added)
-    topology = change.apply(
-        catalog, shards, lambda before, version: _declared(before, version, added)
-    )
+    check_declared(current, shards, added)
+    topology = change.apply(catalog, shards, lambda before, version: _declared(before, version, added))
     for shard in topology.shards:
         with (connection := shards.get(shard)).transaction():
             change.claim(connection, catalog.token or 0)
@@ -145,18 +175,23 @@ def _declared(before: Topology | None, version: int, added: list[ShardedTable]) 
     return before.declared(version, (*before.tables, *added))
 
 
-def _check_declared(current: Topology, shards: ShardConnections, added: list[ShardedTable]) -> None:
+def check_declared(current: Topology, shards: ShardConnections, added: Iterable[ShardedTable]) -> None:
+    """Refuse tables that cannot become sharded as the servers have them; changes nothing."""
     problems = []
     first = shards.get(current.shards[0])
     for table in added:
         pattern = tables.describe(first, table)
-        problems += [f"shard {current.shards[0].name}: {text}" for text in tables.key_problems(table, pattern)]
+        problems += [
+            f"shard {current.shards[0].name}: {text}" for text in tables.key_problems(table, pattern)
+        ]
         for shard in current.shards[1:]:
             found = tables.describe(shards.get(shard), table)
             problems += [f"shard {shard.name}: {text}" for text in tables.differences(table, pattern, found)]
         for shard in current.shards if len(current.shards) > 1 else ():
             if tables.describe(shards.get(shard), table) and not tables.is_empty(shards.get(shard), table):
-                raise ShardNotEmpty(f"Table {table} on shard {shard.name} has rows already.", table=str(table))
+                raise ShardNotEmpty(
+                    f"Table {table} on shard {shard.name} has rows already.", table=str(table)
+                )
     if problems:
         raise PreflightFailed(
             "These tables cannot be declared:\n" + "\n".join(f"  - {problem}" for problem in problems),
