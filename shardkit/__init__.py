@@ -3,4 +3,24 @@
 What an application needs is re-exported here; every other module is internal.
 """
 
+from shardkit.core import errors
+from shardkit.core.errors import ShardkitError
+from shardkit.core.ring import HashRing, Ring, position
+from shardkit.orm.cluster import ShardCluster, connect
+from shardkit.orm.declare import sharded
+from shardkit.orm.session import ShardAsyncSession, ShardSession
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "HashRing",
+    "Ring",
+    "ShardAsyncSession",
+    "ShardCluster",
+    "ShardSession",
+    "ShardkitError",
+    "connect",
+    "errors",
+    "position",
+    "sharded",
+]

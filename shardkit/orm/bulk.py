@@ -1,0 +1,48 @@
+"""Bulk operations of the ORM: rows split by their keys, each shard's rows given to SQLAlchemy as one operation.
+
+Driven by `ShardSession.execute`. SQLAlchemy's bulk insert and bulk update by primary key take their connection from
+the session's transaction, so each shard is pinned in turn; sync and async alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Executable
+from sqlalchemy.engine import Result
+
+from .gather import gather
+
+if TYPE_CHECKING:
+    from .session import ShardSession
+
+
+def is_bulk(statement: Executable, parameters: Any) -> bool:
+    """Whether SQLAlchemy runs this as a bulk operation: an ORM insert with rows, or update with a list of rows."""
+    if not parameters or not statement.is_dml or "plugin_subject" not in statement._propagate_attrs:
+        return False
+    if statement.is_insert:
+        return True
+    return bool(statement.is_update) and isinstance(parameters, list)
+
+
+def execute(
+    session: ShardSession,
+    run: Callable[..., Result[Any]],
+    statement: Executable,
+    parameters: Any,
+    options: Mapping[str, Any],
+) -> Result[Any]:
+    """Run a bulk operation on every shard that has rows of it; one result, in the order of the rows."""
+    if session.autoflush:
+        session.flush()
+    plan = session.cluster.planner.plan(statement, parameters, options.get("execution_options"))
+    route = session.provision(plan)
+    results: dict[int, Result[Any]] = {}
+    for shard_id, part in route.shards.items():
+        with session.pinned(session.shards.engine(shard_id)):
+            results[shard_id] = run(part.statement, part.parameters, **options)
+    if route.merge is None:
+        return next(iter(results.values()))
+    return gather(results, route.merge)

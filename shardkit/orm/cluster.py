@@ -1,0 +1,184 @@
+"""The cluster as an application sees it: connect, make sessions, create and declare tables.
+
+`connect` reads the topology once; from then on the sessions keep it current by themselves. It holds the engines, the
+planner and the threads that the sessions share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+from uuid import UUID
+
+from sqlalchemy import MetaData, Table, create_engine
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util.concurrency import greenlet_spawn
+
+from shardkit.core.errors import NotInitialised, ShardkitError, UsageError
+from shardkit.core.topology import ShardedTable, Topology
+from shardkit.storage import membership
+from shardkit.storage.catalog import Catalog
+from shardkit.storage.connections import ShardConnections, connect_catalog, value
+from shardkit.storage.dialect import DRIVER
+from shardkit.storage.engines import Engines
+from shardkit.storage.router import Router
+from shardkit.storage.scope import Mode
+from shardkit.storage.topologies import read_copy, read_current
+from shardkit.storage.urls import sqlalchemy_url
+
+from .declare import sharded_table, sharded_tables
+from .routing import Planner
+from .session import ShardAsyncSession, ShardSession
+
+SETTLE_SECONDS = 10.0
+
+
+class ShardCluster:
+    """The shards of a catalog. One a process is enough; safe to share between threads, not across a fork."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        catalog_url: str,
+        *,
+        cluster: UUID | None = None,
+        settle_seconds: float = SETTLE_SECONDS,
+        engine_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.catalog_url = catalog_url
+        self.settle_seconds = settle_seconds
+        self.router = Router(topology)
+        self.engines = Engines(catalog_url, cluster=cluster, options=engine_options)
+        self.async_engines = Engines(catalog_url, cluster=cluster, options=engine_options, is_async=True)
+        self.dialect: Dialect = create_engine(f"{DRIVER}://").dialect
+        self.planner = Planner(self.dialect)
+        self._workers: ThreadPoolExecutor | None = None
+
+    @property
+    def topology(self) -> Topology:
+        """The newest topology that this process has met."""
+        return self.router.topology
+
+    @property
+    def workers(self) -> ThreadPoolExecutor:
+        """Threads in which a sync scatter waits for all shards but one."""
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix="shardkit-scatter")
+        return self._workers
+
+    # --- sessions --------------------------------------------------------------------------------------------------
+
+    def sessionmaker(self, *, mode: Mode = "single", **options: Any) -> sessionmaker[ShardSession]:
+        """A factory of sessions; ``options`` are SQLAlchemy's. ``mode``: see `ShardSession`."""
+        return sessionmaker(class_=ShardSession, cluster=self, mode=mode, **options)
+
+    def async_sessionmaker(
+        self, *, mode: Mode = "single", **options: Any
+    ) -> async_sessionmaker[ShardAsyncSession]:
+        """A factory of sessions for asyncio."""
+        return async_sessionmaker(
+            class_=ShardAsyncSession, cluster=self, engines=self.async_engines, mode=mode, **options
+        )
+
+    # --- tables ----------------------------------------------------------------------------------------------------
+
+    def create_all(self, metadata: MetaData, tables: Iterable[Table] | None = None) -> None:
+        """Create the sharded tables that are missing, on every shard, and declare them."""
+        wanted = [
+            table
+            for table in (tables if tables is not None else metadata.sorted_tables)
+            if sharded_table(table) is not None
+        ]
+        self._refresh()
+        for shard in self.topology.shards:
+            engine = create_engine(sqlalchemy_url(shard.url), poolclass=NullPool)
+            metadata.create_all(engine, tables=wanted)
+        self._declare([found for table in wanted if (found := sharded_table(table)) is not None])
+
+    def declare(self, metadata: MetaData) -> None:
+        """Declare the sharded tables, which exist on every shard; what is declared already stays as it is."""
+        self._declare(sharded_tables(metadata))
+
+    def _declare(self, tables: Iterable[ShardedTable]) -> None:
+        with Catalog.open(self.catalog_url) as catalog, ShardConnections("shardkit declare") as shards:
+            current = catalog.current()
+            if current is not None and all(current.by_table.get((t.schema, t.name)) == t for t in tables):
+                self.router.adopt(current)
+                return
+            catalog.take_lease()
+            self.router.adopt(membership.declare(catalog, shards, tables))
+
+    def _refresh(self) -> None:
+        with Catalog.open(self.catalog_url) as catalog:
+            self.router.adopt(catalog.current())
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def dispose(self) -> None:
+        """Close the pools of the sync engines and the threads."""
+        self.engines.dispose()
+        if self._workers is not None:
+            self._workers.shutdown()
+            self._workers = None
+
+    async def adispose(self) -> None:
+        """Close the pools of the async engines; in the event loop that used them."""
+        await greenlet_spawn(self.async_engines.dispose)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dispose()
+
+    def __repr__(self) -> str:
+        names = ", ".join(shard.name for shard in self.topology.shards)
+        return f"<ShardCluster version {self.topology.version}: {names}>"
+
+
+def connect(
+    url: str, *others: str, settle_seconds: float = SETTLE_SECONDS, **engine_options: Any
+) -> ShardCluster:
+    """The cluster of a catalog.
+
+    ``url`` is the catalog's; ``others`` are URLs of shards, asked for their copy when the catalog does not answer.
+    ``settle_seconds`` is how long a session waits for a change of topology to settle. ``engine_options`` go to
+    ``create_engine`` for each shard (``pool_size``, ``echo``, ...). Raises `UsageError`, `CatalogUnreachable`,
+    `NotInitialised`.
+    """
+    if "isolation_level" in engine_options and engine_options["isolation_level"] == "AUTOCOMMIT":
+        raise UsageError("Statements on shards run in transactions, never in autocommit.")
+    problem: ShardkitError | None = None
+    for candidate in (url, *others):
+        try:
+            topology, cluster = _read(candidate)
+        except ShardkitError as error:
+            problem = problem or error
+            continue
+        return ShardCluster(
+            topology, url, cluster=cluster, settle_seconds=settle_seconds, engine_options=engine_options
+        )
+    assert problem is not None
+    raise problem
+
+
+def _read(url: str) -> tuple[Topology, UUID]:
+    """Topology and cluster, from a catalog or from a shard's copy."""
+    with connect_catalog(url) as connection:
+        if value(connection, "SELECT to_regclass('shardkit.topologies')") is not None:
+            topology = read_current(connection)
+            cluster = value(connection, "SELECT id FROM shardkit.cluster")
+        elif value(connection, "SELECT to_regclass('shardkit.topology')") is not None:
+            topology = read_copy(connection)
+            cluster = value(connection, "SELECT cluster_id FROM shardkit.shard")
+        else:
+            raise NotInitialised
+    if topology is None or cluster is None:
+        raise NotInitialised(
+            "The catalog has no shard yet.", hint="Add the first: `shardkit shard add NAME URL`."
+        )
+    return topology, cluster

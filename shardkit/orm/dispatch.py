@@ -1,0 +1,118 @@
+"""Dispatch: what a session gives SQLAlchemy in place of a connection.
+
+The session's executions end in ``connection.execute(statement, parameters)``, after autoflush, after the events and
+options that change a statement. There a `Dispatch` plans the statement, provisions its shards and runs it on them: on
+one as it is, on several at the same time. Loading of instances happens above, in the caller's thread, from one result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import CursorResult, Executable
+from sqlalchemy.util.concurrency import await_, greenlet_spawn
+
+from shardkit.storage.dialect import WRITES
+
+from .gather import gather
+from .merged import merged
+from .routing import Parameters, Plan, Route
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Dialect
+
+    from .session import ShardSession
+
+_Work = Callable[[], CursorResult[Any]]
+
+
+class Dispatch:
+    """Runs the statements of one session on the shards they belong to."""
+
+    def __init__(self, session: ShardSession) -> None:
+        self._session = session
+
+    @property
+    def dialect(self) -> Dialect:
+        """The dialect that all shards share."""
+        return self._session.cluster.dialect
+
+    def execute(
+        self,
+        statement: Executable,
+        parameters: Parameters = None,
+        *,
+        execution_options: Mapping[str, Any] | None = None,
+    ) -> CursorResult[Any]:
+        """Run a statement where it belongs; as ``Connection.execute``."""
+        session = self._session
+        plan = session.cluster.planner.plan(statement, parameters or None, execution_options)
+        route = session.provision(plan)
+        options = execution_options or {}
+        if plan.writes:
+            options = {**options, WRITES: True}
+        if route.merge is None:
+            ((shard_id, part),) = route.shards.items()
+            connection = session.shards.connection(shard_id)
+            return connection.execute(part.statement, part.parameters, execution_options=options)
+        return self._on_several(route, options)
+
+    def scalar(
+        self,
+        statement: Executable,
+        parameters: Parameters = None,
+        *,
+        execution_options: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The first column of the first row; as ``Connection.scalar``."""
+        return self.execute(statement, parameters, execution_options=execution_options).scalar()
+
+    def _on_several(self, route: Route, options: Mapping[str, Any]) -> CursorResult[Any]:
+        session = self._session
+        # Connections are had here, one after the other: a session's transaction is not for several threads.
+        connections = {shard_id: session.shards.connection(shard_id) for shard_id in route.shards}
+        # Rows are merged when all have arrived, and a server-side cursor would be read by several threads.
+        options = {**options, "stream_results": False}
+
+        def work(shard_id: int) -> _Work:
+            part = route.shards[shard_id]
+            connection = connections[shard_id]
+            return lambda: connection.execute(part.statement, part.parameters, execution_options=options)
+
+        works = {shard_id: work(shard_id) for shard_id in route.shards}
+        if session.engines.is_async:
+            results = await_(_in_tasks(works))
+        else:
+            results = _in_threads(works, session.cluster.workers)
+        assert route.merge is not None
+        return merged(results, gather, route.merge)
+
+
+def _in_threads(works: dict[int, _Work], workers: ThreadPoolExecutor) -> dict[int, CursorResult[Any]]:
+    """Run all but the last in threads; wait for all, even when one fails: their connections are in use until then."""
+    *others, (last_id, last) = works.items()
+    futures = {shard_id: workers.submit(one) for shard_id, one in others}
+    try:
+        last_result = last()
+    finally:
+        wait_for(futures.values())
+    return {**{shard_id: future.result() for shard_id, future in futures.items()}, last_id: last_result}
+
+
+async def _in_tasks(works: dict[int, _Work]) -> dict[int, CursorResult[Any]]:
+    """Run each in a task with a greenlet of its own; cancelled or failed, it returns when all have ended."""
+    tasks = {shard_id: asyncio.ensure_future(greenlet_spawn(one)) for shard_id, one in works.items()}
+    try:
+        await asyncio.wait(tasks.values())
+    finally:
+        for task in tasks.values():
+            task.cancel()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+    return {shard_id: task.result() for shard_id, task in tasks.items()}
+
+
+__all__ = ["Dispatch", "Plan"]

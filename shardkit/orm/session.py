@@ -1,0 +1,235 @@
+"""The session: SQLAlchemy's own, over shards.
+
+Statements are routed where SQLAlchemy would send them to its one connection (`orm.dispatch`); flushed instances by
+their shard key; bulk operations are split by row. Objects belong to a key, not to a shard: identity keys hold no
+shard, so an object that was loaded before a move is refreshed and flushed where its key lives then. Made by
+`ShardCluster.sessionmaker` and `async_sessionmaker`, never by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, Executable, event, inspect
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+
+from shardkit.core.errors import UnroutableQuery, UsageError
+from shardkit.core.ring import position
+from shardkit.core.topology import ShardedTable
+from shardkit.storage.engines import Engines
+from shardkit.storage.scope import Mode
+
+from . import bulk
+from .declared import tables_of
+from .dispatch import Dispatch
+from .keys import instance_position
+from .routing import Plan, Route
+from .transaction import ShardTransaction
+
+if TYPE_CHECKING:
+    from .cluster import ShardCluster
+
+
+class OneShard:
+    """The route of a position, or of a shard that was named."""
+
+    __slots__ = ("shards",)
+
+    def __init__(self, shard_id: int) -> None:
+        self.shards = (shard_id,)
+
+
+class _Everywhere:
+    """What `ShardSession.get_bind` returns for a statement: the shard is found when it runs."""
+
+    def __init__(self, session: ShardSession) -> None:
+        self.dispatch = Dispatch(session)
+        self.dialect = session.cluster.dialect
+
+
+class ShardSession(Session):
+    """A SQLAlchemy session whose entities live on the shards of a cluster.
+
+    ``mode`` "single" lets a transaction write one shard and read any; "best_effort" lets it write several, which are
+    committed one after the other. Reads of several shards are no snapshot across them.
+    """
+
+    def __init__(
+        self, *, cluster: ShardCluster, engines: Engines | None = None, mode: Mode = "single", **options: Any
+    ) -> None:
+        for name in ("bind", "binds", "twophase"):
+            if options.pop(name, None):
+                raise UsageError(
+                    f"A session over shards takes no {name!r}.", hint="Its shards come from the cluster."
+                )
+        super().__init__(**options)
+        self.cluster = cluster
+        self.engines = engines or cluster.engines
+        self.mode: Mode = mode
+        self._everywhere = _Everywhere(self)
+        self._shards: ShardTransaction | None = None
+        self._pinned: Engine | None = None
+
+    # --- the transaction -------------------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> ShardTransaction:
+        """The shards of the transaction in progress, or of the one that begins."""
+        if self._shards is None:
+            self._shards = ShardTransaction(self)
+        return self._shards
+
+    def provision(self, plan: Plan) -> Route:
+        """Hold every shard of a planned statement; where it runs."""
+        shards = self.shards
+        return shards.provision(
+            lambda topology: plan.route(topology, prefer=shards.scope.participants),
+            tables=plan.tables,
+            writes=plan.writes,
+        )
+
+    def provision_position(self, at: int, tables: tuple[ShardedTable, ...] = ()) -> Connection:
+        """The connection to the shard that owns a position, behind its fence."""
+        shards = self.shards
+        (shard_id,) = shards.provision(
+            lambda topology: OneShard(topology.ring.owner_at(at)), tables=tables
+        ).shards
+        return shards.connection(shard_id)
+
+    def root_connection(self, engine: Engine) -> Connection:
+        """Begin on an engine in the outermost transaction, so that no savepoint can release its guard."""
+        root = self.get_transaction()
+        if root is None:
+            return super().connection(bind_arguments={"bind": engine})
+        return root.connection(None, bind=engine)
+
+    def bound_connection(self, engine: Engine) -> Connection:
+        """The open connection of an engine, inside the innermost savepoint."""
+        return super()._connection_for_bind(engine)
+
+    # --- where SQLAlchemy asks -------------------------------------------------------------------------------------
+
+    def get_bind(
+        self,
+        mapper: Any = None,
+        *,
+        clause: Any = None,
+        bind: Any = None,
+        key: Any = None,
+        shard: str | None = None,
+        **_: Any,
+    ) -> Any:
+        """For SQLAlchemy: the engine that is pinned or named, else a place that routes each statement."""
+        if bind is not None:
+            return bind
+        if key is not None:
+            return self.provision_position(position(key)).engine
+        if shard is not None:
+            return self._provision_named(shard).engine
+        if clause is not None:
+            return self._everywhere
+        if self._pinned is not None:
+            return self._pinned
+        raise UnroutableQuery(
+            f"{'This' if mapper is None else mapper} names no shard.",
+            hint="Give `session.connection(key=...)` a shard key; map an association table as an entity of its own.",
+        )
+
+    def _connection_for_bind(self, engine: Any, execution_options: Any = None, **kw: Any) -> Any:
+        if isinstance(engine, _Everywhere):
+            return engine.dispatch
+        return super()._connection_for_bind(engine, execution_options, **kw)
+
+    def connection(
+        self,
+        bind_arguments: Any = None,
+        execution_options: Any = None,
+        *,
+        key: Any = None,
+        shard: str | None = None,
+    ) -> Connection:
+        """The connection, in this transaction and behind its fence, to the shard of a key or of a name.
+
+        What is executed on it is not routed: it sees every row of that shard, those in transit too.
+        """
+        if key is not None:
+            return self.provision_position(position(key))
+        if shard is not None:
+            return self._provision_named(shard)
+        return super().connection(bind_arguments, execution_options)
+
+    def _provision_named(self, name: str) -> Connection:
+        shards = self.shards
+        (shard_id,) = shards.provision(lambda topology: OneShard(topology.named(name).id)).shards
+        return shards.connection(shard_id)
+
+    @property
+    def connection_callable(self) -> Any:  # type: ignore[override]
+        """For a flush: the connection of each instance. SQLAlchemy's bulk operations want none, on a pinned shard."""
+        return None if self._pinned is not None else self._connection_for_instance
+
+    def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
+        at = instance_position(instance)
+        return self.provision_position(at, tables_of(inspect(instance).mapper.local_table))
+
+    @contextmanager
+    def pinned(self, engine: Engine) -> Iterator[None]:
+        """SQLAlchemy's bulk operations run on one shard in the block; nothing may be flushed in it."""
+        self._pinned = engine
+        try:
+            with self.no_autoflush:
+                yield
+        finally:
+            self._pinned = None
+
+    # --- bulk ------------------------------------------------------------------------------------------------------
+
+    def execute(self, statement: Executable, params: Any = None, **options: Any) -> Any:
+        """As SQLAlchemy's; rows of a bulk operation go each to its own shard."""
+        if bulk.is_bulk(statement, params):
+            return bulk.execute(self, super().execute, statement, params, options)
+        return super().execute(statement, params, **options)
+
+    def scalars(self, statement: Executable, params: Any = None, **options: Any) -> Any:
+        """As SQLAlchemy's."""
+        if bulk.is_bulk(statement, params):
+            return bulk.execute(self, super().execute, statement, params, options).scalars()
+        return super().scalars(statement, params, **options)
+
+    def scalar(self, statement: Executable, params: Any = None, **options: Any) -> Any:
+        """As SQLAlchemy's."""
+        if bulk.is_bulk(statement, params):
+            return bulk.execute(self, super().execute, statement, params, options).scalar()
+        return super().scalar(statement, params, **options)
+
+
+@event.listens_for(ShardSession, "after_transaction_end")
+def _forget(session: ShardSession, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session._shards = None
+
+
+class ShardAsyncSession(AsyncSession):
+    """The same for asyncio."""
+
+    sync_session_class = ShardSession
+    sync_session: ShardSession
+
+    async def connection(
+        self,
+        bind_arguments: Any = None,
+        execution_options: Any = None,
+        *,
+        key: Any = None,
+        shard: str | None = None,
+        **options: Any,
+    ) -> AsyncConnection:
+        """As on the sync session."""
+        if key is not None:
+            bind_arguments = {**(bind_arguments or {}), "key": key}
+        if shard is not None:
+            bind_arguments = {**(bind_arguments or {}), "shard": shard}
+        return await super().connection(bind_arguments, execution_options, **options)

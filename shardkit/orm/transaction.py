@@ -1,0 +1,238 @@
+"""A session's transaction over shards: provision first, send after.
+
+Before a statement is sent, its whole route is computed under one topology and every shard of it is held behind its
+fence; a stale fence leads to a newer topology and to the whole route again. All shards of a transaction are under
+one topology. A newer one is taken inside the transaction only if every shard that is open holds the fence which it
+names, or can be brought to hold it because nothing was sent there yet or because its snapshot is taken anew by each
+statement; otherwise `TopologyChanged`. So nothing is ever sent twice, and an application sees a pause at most.
+
+Driven by `orm.session`; guards live in the outermost transaction, never in a savepoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from shardkit.core.errors import ShardUnreachable, TopologyChanged, TopologyUnsettled, UndeclaredTable
+from shardkit.core.topology import Shard, ShardedTable, Topology
+from shardkit.storage.dialect import behind
+from shardkit.storage.guard import Guard, GuardedAsyncConnection, GuardedConnection, StaleFence
+from shardkit.storage.scope import Participant, Scope
+
+from .declared import declares
+
+if TYPE_CHECKING:
+    from .session import ShardSession
+
+_PAUSE = 0.002
+_LONGEST_PAUSE = 0.1
+
+
+class Routed(Protocol):
+    """Whatever a route function returns: it names the shards."""
+
+    @property
+    def shards(self) -> Collection[int]:
+        """Their ids."""
+        ...
+
+
+R = TypeVar("R", bound=Routed)
+
+
+class ShardTransaction:
+    """The shards that a session's outermost transaction has open, and the topology they are under."""
+
+    def __init__(self, session: ShardSession) -> None:
+        self._session = session
+        self._cluster = session.cluster
+        self._engines = session.engines
+        self.scope = Scope(session.mode)
+        self.topology: Topology | None = None
+
+    def provision(
+        self, route: Callable[[Topology], R], *, tables: Collection[ShardedTable] = (), writes: bool = False
+    ) -> R:
+        """The route under one topology that holds ``tables``, every shard of it held. Nothing was sent but guards.
+
+        Raises `TopologyChanged`, `TopologyUnsettled`, `ShardUnreachable`, `UndeclaredTable`, and `CrossShardWrite`
+        before any shard is opened for it.
+        """
+        topology = self.topology or self._cluster.router.topology
+        waiting = _Waiting(self._engines.pause, self._cluster.settle_seconds)
+        while True:
+            if not declares(topology, tables):
+                topology = self._declaring(topology, tables)
+            found = route(topology)
+            if writes:
+                self._admit(found.shards, topology)
+            try:
+                self._hold_opened(topology, waiting)
+                for shard_id in sorted(found.shards):
+                    if shard_id not in self.scope.participants:
+                        self._open(topology.by_id[shard_id], topology, waiting)
+            except StaleFence as stale:
+                topology = self._after(stale, topology, waiting)
+            except _Moved as moved:
+                topology = moved.topology
+            else:
+                self.topology = topology
+                return found
+
+    def connection(self, shard_id: int) -> Connection:
+        """The connection to a shard that is held, inside the innermost savepoint."""
+        assert self.topology is not None
+        return self._session.bound_connection(self._engines.shard(self.topology.by_id[shard_id]))
+
+    def engine(self, shard_id: int) -> Engine:
+        """The engine of a shard that is held."""
+        assert self.topology is not None
+        return self._engines.shard(self.topology.by_id[shard_id])
+
+    def _declaring(self, topology: Topology, tables: Collection[ShardedTable]) -> Topology:
+        """A newer topology that holds the tables; `UndeclaredTable`."""
+        newer = self._cluster.router.newer_than(topology.version, self._engines)
+        if newer is None or not declares(newer, tables):
+            missing = ", ".join(str(table) for table in tables if not declares(newer or topology, (table,)))
+            raise UndeclaredTable(
+                f"Not declared to the cluster: {missing}. A move would not carry its rows.", tables=missing
+            )
+        return newer
+
+    def _admit(self, shard_ids: Iterable[int], topology: Topology) -> None:
+        previous: Shard | None = None
+        for shard_id in shard_ids:
+            shard = topology.by_id[shard_id]
+            self.scope.admit_writes(shard_id, shard.name, beside=previous.name if previous else None)
+            previous = shard
+
+    # --- holding ---------------------------------------------------------------------------------------------------
+
+    def _hold_opened(self, topology: Topology, waiting: _Waiting) -> None:
+        """Rule R: every shard that is open holds the fence that ``topology`` names."""
+        for participant in list(self.scope.participants.values()):
+            shard = topology.by_id.get(participant.shard_id)
+            if shard is None:
+                self._let_go(participant)
+            elif shard.fence not in participant.held:
+                self._hold_also(participant, shard, waiting)
+
+    def _let_go(self, participant: Participant) -> None:
+        """The shard has left the topology."""
+        if participant.sent:
+            raise TopologyChanged(
+                f"Shard {participant.shard_name} left the cluster while this transaction had it open.",
+                shard=participant.shard_name,
+            )
+        self._run(_raw(participant).rollback())
+        _raw(participant).left()
+
+    def _hold_also(self, participant: Participant, shard: Shard, waiting: _Waiting) -> None:
+        raw = _raw(participant)
+        guard = self._guard(shard, waiting)
+        if participant.sent:
+            self._run(raw.lock_more(guard))
+        else:
+            self._run(raw.rebegin(guard))
+
+    def _open(self, shard: Shard, topology: Topology, waiting: _Waiting) -> None:
+        """Begin on a shard, behind its fence, in the outermost transaction."""
+        engine = self._engines.shard(shard)
+        fresh = False
+        while True:
+            try:
+                with behind(self._guard(shard, waiting)):
+                    self._session.root_connection(engine)
+                return
+            except DBAPIError as error:
+                # A pooled connection may have died while it was idle. Nothing was sent on it.
+                if error.connection_invalidated and not fresh:
+                    fresh = True
+                    continue
+                if not _is_unreachable(error):
+                    raise
+                newer = self._cluster.router.without(shard, topology.version, self._engines)
+                if newer is not None:
+                    raise _Moved(newer) from error
+                raise ShardUnreachable(
+                    f"Shard {shard.name} does not answer: {_first_line(error.orig)}", shard=shard.name
+                ) from error
+
+    def _guard(self, shard: Shard, waiting: _Waiting) -> Guard:
+        return Guard(shard.id, shard.name, shard.fence, self.scope, waiting.deadline)
+
+    def _run(self, outcome: Any) -> None:
+        self._engines.run(outcome)
+
+    # --- a stale fence ---------------------------------------------------------------------------------------------
+
+    def _after(self, stale: StaleFence, topology: Topology, waiting: _Waiting) -> Topology:
+        """What to try next: a newer topology, or the same again where the router is ahead of the shard."""
+        newer = self._cluster.router.newer_than(topology.version, self._engines, stale.copy)
+        if newer is not None:
+            waiting.bound(stale)
+            return newer
+        waiting.pause(stale)
+        return topology
+
+
+class _Moved(Exception):
+    """A shard does not answer, and a newer topology is known."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+
+
+class _Waiting:
+    """The patience of one provisioning. The clock starts with the first obstacle."""
+
+    def __init__(self, pause: Callable[[float], None], seconds: float) -> None:
+        self._pause = pause
+        self._seconds = seconds
+        self._next = _PAUSE
+        self._deadline: float | None = None
+
+    @property
+    def deadline(self) -> float:
+        """Monotonic time at which patience ends."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._seconds
+        return self._deadline
+
+    def bound(self, stale: StaleFence) -> None:
+        """Go on at once, unless the topology keeps changing faster than it can be followed."""
+        if time.monotonic() > self.deadline:
+            raise TopologyUnsettled(
+                f"The topology kept changing for {self._seconds:.0f} s.", shard=stale.shard_name
+            ) from stale
+
+    def pause(self, stale: StaleFence) -> None:
+        """Give a shard time to take the topology that others have; `TopologyUnsettled` when patience ends."""
+        if time.monotonic() > self.deadline:
+            raise TopologyUnsettled(
+                f"Shard {stale.shard_name} has not taken {stale.fence.relation} within {self._seconds:.0f} s, "
+                "and nobody knows a newer topology.",
+                shard=stale.shard_name,
+            ) from stale
+        self._pause(self._next)
+        self._next = min(self._next * 2, _LONGEST_PAUSE)
+
+
+def _raw(participant: Participant) -> GuardedConnection | GuardedAsyncConnection:
+    return cast("GuardedConnection | GuardedAsyncConnection", participant)
+
+
+def _is_unreachable(error: DBAPIError) -> bool:
+    """Whether the server did not answer, as opposed to having answered with an error."""
+    state = getattr(error.orig, "sqlstate", None)
+    # Connection refused or lost has no state; a server that starts or stops says 57P01 to 57P03.
+    return error.connection_invalidated or state is None or state.startswith(("08", "57P"))
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

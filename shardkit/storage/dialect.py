@@ -1,0 +1,273 @@
+"""SQLAlchemy's side of the guard: dialects whose BEGIN is guarded and whose COMMIT ends readers first.
+
+The session names the fence by `behind`, for the time of one begin alone; SQLAlchemy calls `do_begin` before the
+connection enters the session's transaction, so that a refusal leaves nothing to clean. Engines are made from URLs with
+the driver name ``postgresql+shardkit``; `storage.engines` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+from uuid import UUID
+
+import psycopg
+from psycopg import errors
+from sqlalchemy import BigInteger, Connection, Text, Uuid, func, literal, select, text
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.psycopg import (
+    PGDialect_psycopg,
+    PGDialectAsync_psycopg,
+    PGExecutionContext_psycopg,
+)
+from sqlalchemy.util.concurrency import await_
+
+from shardkit.core.errors import (
+    CommitUnknown,
+    IncompatibleServer,
+    PartlyCommitted,
+    ShardUnreachable,
+    UnguardedStatement,
+)
+from shardkit.core.ring import position
+
+from .guard import INERROR, Guard, GuardedAsyncConnection, GuardedConnection
+from .servers import VECTORS
+
+DRIVER = "postgresql+shardkit"
+WRITES = "shardkit_writes"
+"""Execution option: whether a statement that does not show it writes; text does unless this is False."""
+
+_order: ContextVar[Guard | None] = ContextVar("shardkit_guard", default=None)
+_unfenced: ContextVar[bool] = ContextVar("shardkit_unfenced", default=False)
+
+
+@contextmanager
+def behind(guard: Guard) -> Iterator[None]:
+    """Transactions that this thread or task begins in the block begin behind ``guard``."""
+    token = _order.set(guard)
+    try:
+        yield
+    finally:
+        _order.reset(token)
+
+
+@contextmanager
+def unfenced() -> Iterator[None]:
+    """Transactions that this thread or task begins in the block have no fence: for shardkit's own tables alone."""
+    token = _unfenced.set(True)
+    try:
+        yield
+    finally:
+        _unfenced.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIdentity:
+    """Whose shard a database must say it is. ``cluster`` is None where it is not known yet."""
+
+    shard_id: int
+    name: str
+    cluster: UUID | None
+
+
+class _Context(PGExecutionContext_psycopg):
+    """An execution that tells its connection's scope whether it writes, before it is sent."""
+
+    def pre_exec(self) -> None:
+        raw = self.root_connection.connection.driver_connection
+        assert raw is not None
+        if raw.scope is not None and self._writes():
+            raw.scope.admit_write(raw)
+        super().pre_exec()  # type: ignore[no-untyped-call]
+
+    def _writes(self) -> bool:
+        if self.isinsert or self.isupdate or self.isdelete:
+            return True
+        marked = self.execution_options.get(WRITES)
+        if marked is not None:
+            return bool(marked)
+        return self.compiled is None or self.is_text
+
+
+class _GuardedDialect(PGDialect_psycopg):
+    """What both dialects share; `_run` runs a method of the connection, or awaits its coroutine."""
+
+    driver = "shardkit"
+    supports_statement_cache = True
+    execution_ctx_cls = _Context
+
+    def __init__(self, shard: ShardIdentity | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.shard = shard
+
+    def _run(self, outcome: Any) -> None:
+        raise NotImplementedError
+
+    # --- beginning -------------------------------------------------------------------------------------------------
+
+    def do_begin(self, dbapi_connection: Any) -> None:
+        raw = dbapi_connection.driver_connection
+        guard = _order.get()
+        if guard is not None:
+            self._run(raw.begin(guard))
+        elif _unfenced.get():
+            self._run(raw.begin_unfenced())
+        else:
+            raise UnguardedStatement("A transaction was about to begin on a shard without its fence.")
+
+    def do_begin_twophase(self, connection: Connection, xid: Any) -> None:
+        raise UnguardedStatement("SQLAlchemy's two-phase transactions begin without a fence.")
+
+    # --- ending ----------------------------------------------------------------------------------------------------
+
+    def do_commit(self, dbapi_connection: Any) -> None:
+        raw = dbapi_connection.driver_connection
+        scope = raw.scope
+        if scope is None or not raw.wrote:
+            self._run(raw.commit())
+            raw.left()
+            return
+        if raw.pgconn.transaction_status == INERROR:
+            # The server would answer COMMIT with ROLLBACK, and the driver would not tell.
+            raise errors.InFailedSqlTransaction(
+                "a statement failed in this transaction: roll back, nothing is committed"
+            )
+        for reader in list(scope.participants.values()):
+            if not reader.wrote:
+                self._end_reader(cast(GuardedConnection, reader))
+        try:
+            self._commit_writer(raw)
+        except (psycopg.Error, CommitUnknown) as error:
+            if scope.committed:
+                raise PartlyCommitted(
+                    f"Committed on {', '.join(scope.committed)}, but not on {raw.shard_name}: {error}",
+                    committed=list(scope.committed),
+                    failed=raw.shard_name,
+                ) from error
+            raise
+        scope.committed.append(raw.shard_name)
+        raw.left()
+
+    def _end_reader(self, reader: Any) -> None:
+        try:
+            self._run(reader.commit())
+        except psycopg.OperationalError as error:
+            if not reader.closed:
+                raise
+            raise ShardUnreachable(
+                f"Shard {reader.shard_name}, which this transaction has read, was lost before COMMIT; "
+                "nothing was committed.",
+                hint="Run the unit of work again.",
+                shard=reader.shard_name,
+            ) from error
+
+    def _commit_writer(self, raw: Any) -> None:
+        if raw.closed:
+            raise psycopg.OperationalError("the connection was lost before COMMIT; nothing was committed")
+        try:
+            self._run(raw.commit())
+        except errors.IdleInTransactionSessionTimeout:
+            raise  # the server had ended the transaction before COMMIT was sent
+        except psycopg.OperationalError as error:
+            if not raw.closed:
+                raise
+            raise CommitUnknown(
+                f"The connection to shard {raw.shard_name} was lost during COMMIT, so it is not known whether the "
+                "transaction was committed.",
+                shard=raw.shard_name,
+            ) from error
+
+    def do_rollback(self, dbapi_connection: Any) -> None:
+        super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
+        dbapi_connection.driver_connection.left()
+
+    # --- the dialect's own questions -------------------------------------------------------------------------------
+
+    def do_ping(self, dbapi_connection: Any) -> bool:
+        with self.get_driver_connection(dbapi_connection).door():
+            return bool(super().do_ping(dbapi_connection))  # type: ignore[no-untyped-call]
+
+    def initialize(self, connection: Connection) -> None:
+        raw: Any = connection.connection.driver_connection
+        with raw.door():
+            super().initialize(connection)  # type: ignore[no-untyped-call]
+            if self.shard is not None:
+                _check_hash(connection, self.shard)
+                _check_identity(connection, self.shard)
+
+
+_HASHES: dict[type, tuple[Any, Any]] = {
+    int: (func.hashint8extended, BigInteger),
+    str: (func.hashtextextended, Text),
+    UUID: (func.uuid_hash_extended, Uuid),
+}
+
+
+def _check_hash(connection: Connection, shard: ShardIdentity) -> None:
+    """`IncompatibleServer` for a server that hashes otherwise than the ring."""
+    positions = []
+    for key in VECTORS:
+        hash_of, key_type = _HASHES[type(key)]
+        positions.append(hash_of(literal(key, key_type), 0))
+    if tuple(connection.execute(select(*positions)).one()) != tuple(position(key) for key in VECTORS):
+        raise IncompatibleServer(
+            f"The server of shard {shard.name} hashes otherwise than the ring: keys would be sought on wrong shards.",
+            hint="Shards must run on little-endian machines with PostgreSQL's own hash functions.",
+            shard=shard.name,
+        )
+
+
+_IDENTITY = text("SELECT cluster_id, shard_id, name FROM shardkit.shard")
+
+
+def _check_identity(connection: Connection, shard: ShardIdentity) -> None:
+    """`IncompatibleServer` for a database that is another shard or none."""
+    row = None
+    if connection.execute(text("SELECT to_regclass('shardkit.shard')")).scalar() is not None:
+        row = connection.execute(_IDENTITY).one_or_none()
+    if row is not None and row.shard_id == shard.shard_id and shard.cluster in (None, row.cluster_id):
+        return
+    is_now = (
+        "no shard" if row is None else f"shard {row.name!r} (id {row.shard_id}) of catalog {row.cluster_id}"
+    )
+    raise IncompatibleServer(
+        f"The database of shard {shard.name} (id {shard.shard_id}) is {is_now}.",
+        hint="Correct the URL of the shard, or what its host name points to.",
+        shard=shard.name,
+    )
+
+
+class GuardedDialect(_GuardedDialect):
+    """For `create_engine`."""
+
+    supports_statement_cache = True
+
+    @classmethod
+    def get_async_dialect_cls(cls, url: Any) -> type[GuardedAsyncDialect]:
+        return GuardedAsyncDialect
+
+    def connect(self, *args: Any, **kwargs: Any) -> Any:
+        return GuardedConnection.connect(*args, **kwargs)
+
+    def _run(self, outcome: Any) -> None:
+        assert outcome is None
+
+
+class GuardedAsyncDialect(_GuardedDialect, PGDialectAsync_psycopg):
+    """For `create_async_engine`."""
+
+    supports_statement_cache = True
+    is_async = True
+
+    def connect(self, *args: Any, **kwargs: Any) -> Any:
+        return super().connect(*args, async_creator_fn=GuardedAsyncConnection.connect, **kwargs)
+
+    def _run(self, outcome: Any) -> None:
+        await_(outcome)
+
+
+registry.register("postgresql.shardkit", __name__, "GuardedDialect")

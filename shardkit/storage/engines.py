@@ -1,0 +1,127 @@
+"""Engines of an application: one pool a shard, guarded, and one for the catalog.
+
+`Engines` makes them when first asked for, sync or async; both kinds are driven through SQLAlchemy's sync facade, the
+async one inside SQLAlchemy's greenlets. It reads topologies for the router, and never writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util.concurrency import await_
+
+from shardkit.core.topology import Shard, Topology
+
+from .dialect import DRIVER, ShardIdentity, unfenced
+from .topologies import READ_COPY, READ_CURRENT
+from .urls import sqlalchemy_url
+
+_CATALOG_CONNECT_SECONDS = 3
+"""A router asks the catalog while an application waits; the copies on the shards answer as well."""
+
+
+class Engines:
+    """The engines of one process and kind. Safe to share between threads; not across a fork or event loops."""
+
+    def __init__(
+        self,
+        catalog_url: str,
+        *,
+        cluster: UUID | None = None,
+        is_async: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.is_async = is_async
+        self._catalog_url = catalog_url
+        self._cluster = cluster
+        self._options = dict(options or {})
+        self._shards: dict[int, tuple[str, Engine]] = {}
+        self._catalog: Engine | None = None
+        self._lock = threading.Lock()
+
+    def shard(self, shard: Shard) -> Engine:
+        """The engine of a shard; another one once its URL has changed."""
+        known = self._shards.get(shard.id)
+        if known is not None and known[0] == shard.url:
+            return known[1]
+        with self._lock:
+            known = self._shards.get(shard.id)
+            if known is None or known[0] != shard.url:
+                # Sessions that still hold connections of the old engine end there; its pool is dropped with it.
+                known = shard.url, self._make(shard)
+                self._shards[shard.id] = known
+        return known[1]
+
+    def _make(self, shard: Shard) -> Engine:
+        options = dict(self._options)
+        options["connect_args"] = {"fallback_application_name": "shardkit", **options.get("connect_args", {})}
+        url = sqlalchemy_url(shard.url).set(drivername=DRIVER)
+        identity = ShardIdentity(shard.id, shard.name, self._cluster)
+        if self.is_async:
+            return create_async_engine(url, shard=identity, **options).sync_engine
+        return create_engine(url, shard=identity, **options)
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass for whoever calls: this thread, or this task alone."""
+        if self.is_async:
+            await_(asyncio.sleep(seconds))
+        else:
+            time.sleep(seconds)
+
+    def run(self, outcome: Any) -> None:
+        """Finish what a method of a guarded connection began: nothing if it is sync, awaited if it is not."""
+        if self.is_async:
+            await_(outcome)
+
+    # --- reading topologies ----------------------------------------------------------------------------------------
+
+    def read_current(self) -> Topology | None:
+        """What the catalog holds to be current; None if it cannot be asked."""
+        try:
+            with self._catalog_engine().connect() as connection:
+                document = connection.execute(text(READ_CURRENT)).scalar()
+        except SQLAlchemyError:
+            return None
+        return Topology.from_json(document) if document is not None else None
+
+    def read_copy(self, shard: Shard) -> Topology | None:
+        """The copy that a shard holds; None if it cannot be asked."""
+        try:
+            with unfenced(), self.shard(shard).connect() as connection:
+                document = connection.execute(text(READ_COPY)).scalar()
+        except DBAPIError:
+            return None
+        return Topology.from_json(document) if document is not None else None
+
+    def _catalog_engine(self) -> Engine:
+        with self._lock:
+            if self._catalog is None:
+                url = sqlalchemy_url(self._catalog_url)
+                arguments = {
+                    "connect_timeout": _CATALOG_CONNECT_SECONDS,
+                    "fallback_application_name": "shardkit",
+                }
+                if self.is_async:
+                    self._catalog = create_async_engine(
+                        url, poolclass=NullPool, connect_args=arguments
+                    ).sync_engine
+                else:
+                    self._catalog = create_engine(url, poolclass=NullPool, connect_args=arguments)
+            return self._catalog
+
+    def dispose(self) -> None:
+        """Close the idle connections of all pools; engines are made again when they are asked for."""
+        with self._lock:
+            engines: Iterable[Engine] = [engine for _, engine in self._shards.values()]
+            self._shards.clear()
+        for engine in engines:
+            engine.dispose()

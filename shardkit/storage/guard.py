@@ -1,0 +1,356 @@
+"""The guard: connections of applications, whose every transaction begins behind its shard's fence.
+
+In place of psycopg's BEGIN goes ``BEGIN; LOCK TABLE shardkit.<fence> IN ACCESS SHARE MODE``, one simple query, so that
+there is no further round trip; psycopg then finds a transaction open and sends no BEGIN of its own. `storage.dialect`
+drives this from SQLAlchemy's begin. Whatever would reach a shard in another way (a statement outside a transaction,
+autocommit, ``connection.transaction()``, the driver's two-phase commit, COMMIT as text) is refused here. What is
+private in psycopg is used in this module and in no other; ``tests/unit/test_guard_api.py`` fails when it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import psycopg
+from psycopg import errors, generators, pq, sql
+from psycopg._connection_base import BaseConnection
+
+from shardkit.core.errors import TopologyChanged, TopologyUnsettled, UnguardedStatement
+from shardkit.core.topology import Fence, Topology
+
+from .scope import Scope
+from .sqltext import Control, control
+
+IDLE = pq.TransactionStatus.IDLE
+INERROR = pq.TransactionStatus.INERROR
+
+# The server has waited for its own lock_timeout or statement_timeout already; a very short one must not spin.
+_RETRY_PAUSE = 0.005
+
+_NO_FENCE = (errors.UndefinedTable, errors.InvalidSchemaName)
+_IMPATIENT = (errors.LockNotAvailable, errors.QueryCanceled)
+
+
+class StaleFence(Exception):  # a signal between guard and session, never seen by an application
+    """The fence is not there, so the shard has another topology; ``copy`` is the one it holds, if it could be read.
+
+    No subclass of psycopg.Error, so that SQLAlchemy passes it through as it is.
+    """
+
+    def __init__(self, shard_name: str, fence: Fence, copy: Topology | None) -> None:
+        super().__init__(f"shard {shard_name} has no {fence.relation}")
+        self.shard_name = shard_name
+        self.fence = fence
+        self.copy = copy
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What a transaction begins behind: the fence of a shard, for a scope, to be had until a deadline (monotonic)."""
+
+    shard_id: int
+    shard_name: str
+    fence: Fence
+    scope: Scope
+    deadline: float
+
+
+@lru_cache(maxsize=1024)
+def _lock(fence: Fence) -> bytes:
+    relation = sql.Identifier("shardkit", fence.relation)
+    return sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(relation).as_bytes(None)
+
+
+_READ_COPY = b"SELECT document FROM shardkit.topology ORDER BY version DESC LIMIT 1"
+_SAVE = b"SAVEPOINT shardkit_fence; "
+_KEEP = b"; RELEASE SAVEPOINT shardkit_fence"
+_UNDO = b"ROLLBACK TO SAVEPOINT shardkit_fence; RELEASE SAVEPOINT shardkit_fence"
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UnguardedStatement(f"{what} would run on a shard outside a guarded transaction.")
+
+
+class _Guarded(BaseConnection[Any]):
+    """What both kinds of connection share: a `storage.scope.Participant` while a guarded transaction is open."""
+
+    shard_id = -1
+    shard_name = ""
+    held: tuple[Fence, ...] = ()
+    sent = False
+    wrote = False
+    scope: Scope | None = None
+    _doors = 0
+
+    @contextmanager
+    def door(self) -> Iterator[None]:
+        """Open to statements without a fence: for the dialect's own questions and the ping of the pool."""
+        self._doors += 1
+        try:
+            yield
+        finally:
+            self._doors -= 1
+
+    def check_text(self, query: Any) -> None:
+        """Refuse transaction commands as text; forget the fences that a rollback to a savepoint may release."""
+        if isinstance(query, str):
+            found = control(query)
+        elif isinstance(query, bytes):
+            found = control(query.decode("utf-8", "replace"))
+        elif query is None:
+            return
+        else:
+            found = control(query.as_string(self) if isinstance(query, sql.Composable) else str(query))
+        if found is Control.NONE or self._doors:
+            return
+        if found is Control.END:
+            _refuse("A transaction command as text")
+        self.held = self.held[:1]
+
+    # --- psycopg's private side ------------------------------------------------------------------------------------
+
+    def _start_query(self) -> Any:
+        if self.pgconn.transaction_status == IDLE and not self._doors:
+            _refuse("This statement")
+        self.sent = True
+        return super()._start_query()
+
+    def _set_autocommit_gen(self, value: bool) -> Any:
+        if value and not self._doors:
+            _refuse("Statements in autocommit")
+        return super()._set_autocommit_gen(value)
+
+    def _tpc_begin_gen(self, xid: Any) -> Any:
+        _refuse("The driver's two-phase transaction")
+
+    def _tpc_finish_gen(self, action: Any, xid: Any) -> Any:
+        _refuse("The driver's two-phase transaction")
+
+    def _simple(self, message: bytes) -> Any:
+        """Send one simple query (a generator): its results, or the first error."""
+        self._check_connection_ok()
+        self.pgconn.send_query(message)
+        results = yield from generators.execute(self.pgconn)
+        for result in results:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise errors.error_from_result(result, encoding=self.info.encoding)
+        return results
+
+    def _begin_gen(self, guard: Guard) -> Any:
+        """BEGIN and LOCK in one message; after an error the connection is idle again."""
+        try:
+            yield from self._simple(self._get_tx_start_command() + b"; " + _lock(guard.fence))
+        except _NO_FENCE as error:
+            yield from self._simple(b"ROLLBACK")
+            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen())) from error
+        except _IMPATIENT:
+            yield from self._simple(b"ROLLBACK")
+            raise
+
+    def _begin_unfenced_gen(self) -> Any:
+        yield from self._simple(self._get_tx_start_command())
+
+    def _rebegin_gen(self, guard: Guard) -> Any:
+        yield from self._simple(b"ROLLBACK")
+        yield from self._begin_gen(guard)
+
+    def _lock_more_gen(self, guard: Guard) -> Any:
+        """Lock one more fence in the open transaction; an error leaves the transaction as it was."""
+        if self.pgconn.transaction_status == INERROR:
+            raise TopologyChanged
+        shown = yield from self._simple(b"SHOW transaction_isolation")
+        if shown[0].get_value(0, 0) not in (b"read committed", b"read uncommitted"):
+            raise TopologyChanged(
+                f"Keys came to shard {guard.shard_name} while a transaction with an older snapshot was open there.",
+                shard=guard.shard_name,
+            )
+        try:
+            yield from self._simple(_SAVE + _lock(guard.fence) + _KEEP)
+        except _NO_FENCE as error:
+            yield from self._simple(_UNDO)
+            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen())) from error
+        except _IMPATIENT:
+            yield from self._simple(_UNDO)
+            raise
+
+    def _copy_gen(self) -> Any:
+        """The shard's copy of the topology; None where it cannot be read, so that others are asked."""
+        in_transaction = self.pgconn.transaction_status != IDLE
+        try:
+            results = yield from self._simple((_SAVE if in_transaction else b"") + _READ_COPY)
+        except psycopg.DatabaseError:
+            if self.pgconn.status != pq.ConnStatus.OK:
+                raise
+            if in_transaction:
+                yield from self._simple(_UNDO)
+            return None
+        if in_transaction:
+            yield from self._simple(_UNDO)
+        row = results[-1]
+        if not row.ntuples:
+            return None
+        return Topology.from_json(json.loads(row.get_value(0, 0).decode(self.info.encoding)))
+
+    # --- the state of a transaction --------------------------------------------------------------------------------
+
+    def entered(self, guard: Guard) -> None:
+        """A transaction is open behind the fence."""
+        self.shard_id, self.shard_name = guard.shard_id, guard.shard_name
+        self.held = (guard.fence,)
+        self.sent = self.wrote = False
+        self.scope = guard.scope
+        guard.scope.participants[guard.shard_id] = self
+
+    def left(self) -> None:
+        """No transaction is open."""
+        self.scope = None
+        self.held = ()
+        self.sent = self.wrote = False
+
+    def locked(self, guard: Guard) -> None:
+        """One more fence is held."""
+        self.held = (*self.held, guard.fence)
+
+
+def _check_patience(guard: Guard, error: BaseException) -> None:
+    """A role's own lock_timeout must not turn a cutover into an error of the application, up to the deadline."""
+    if time.monotonic() > guard.deadline:
+        raise TopologyUnsettled(
+            f"The fence of shard {guard.shard_name} could not be had in time: {error}".strip(),
+            hint="Somebody holds it: `shardkit status` shows a change at work. Try again.",
+            shard=guard.shard_name,
+        ) from error
+
+
+_Step = Callable[[Guard], Any]
+
+
+class _GuardedCursorMixin:
+    """Cursors that show the connection what they are about to send."""
+
+    def _start_query(self, query: Any = None) -> Any:
+        self._conn.check_text(query)  # type: ignore[attr-defined]
+        return super()._start_query(query)  # type: ignore[misc]
+
+    def _start_copy_gen(self, statement: Any, params: Any = None) -> Any:
+        self._conn.check_text(statement)  # type: ignore[attr-defined]
+        return super()._start_copy_gen(statement, params)  # type: ignore[misc]
+
+
+class _Cursor(_GuardedCursorMixin, psycopg.Cursor[Any]):
+    pass
+
+
+class _ServerCursor(_GuardedCursorMixin, psycopg.ServerCursor[Any]):
+    pass
+
+
+class _AsyncCursor(_GuardedCursorMixin, psycopg.AsyncCursor[Any]):
+    pass
+
+
+class _AsyncServerCursor(_GuardedCursorMixin, psycopg.AsyncServerCursor[Any]):
+    pass
+
+
+class GuardedConnection(_Guarded, psycopg.Connection[Any]):
+    """A connection of the sync engines."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = _Cursor
+        self.server_cursor_factory = _ServerCursor
+
+    def transaction(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:  # type: ignore[override]
+        """Refused: it sends a BEGIN without a fence, or unwinds savepoints that hold one."""
+        if not self._doors:
+            _refuse("A transaction of the driver")
+        return super().transaction(*args, **kwargs)
+
+    def _patiently(self, step: _Step, guard: Guard) -> None:
+        while True:
+            try:
+                with self.lock:
+                    self.wait(step(guard))
+                return
+            except _IMPATIENT as error:
+                _check_patience(guard, error)
+            time.sleep(_RETRY_PAUSE)
+
+    def begin(self, guard: Guard) -> None:
+        """Begin behind the fence; `StaleFence` with nothing left open."""
+        self.left()
+        self._patiently(self._begin_gen, guard)
+        self.entered(guard)
+
+    def begin_unfenced(self) -> None:
+        """Begin without a fence: for shardkit's own tables alone."""
+        self.left()
+        with self.lock:
+            self.wait(self._begin_unfenced_gen())
+
+    def rebegin(self, guard: Guard) -> None:
+        """Begin again behind another fence, on a connection on which nothing was sent."""
+        assert not self.sent
+        self._patiently(self._rebegin_gen, guard)
+        self.entered(guard)
+
+    def lock_more(self, guard: Guard) -> None:
+        """Hold one more fence in the open transaction; `TopologyChanged` where its snapshot is older."""
+        self._patiently(self._lock_more_gen, guard)
+        self.locked(guard)
+
+
+class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
+    """A connection of the async engines."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = _AsyncCursor
+        self.server_cursor_factory = _AsyncServerCursor
+
+    def transaction(self, *args: Any, **kwargs: Any) -> AbstractAsyncContextManager[Any]:  # type: ignore[override]
+        """Refused, as on the sync connection."""
+        if not self._doors:
+            _refuse("A transaction of the driver")
+        return super().transaction(*args, **kwargs)
+
+    async def _patiently(self, step: _Step, guard: Guard) -> None:
+        while True:
+            try:
+                async with self.lock:
+                    await self.wait(step(guard))
+                return
+            except _IMPATIENT as error:
+                _check_patience(guard, error)
+            await asyncio.sleep(_RETRY_PAUSE)
+
+    async def begin(self, guard: Guard) -> None:
+        """As on the sync connection."""
+        self.left()
+        await self._patiently(self._begin_gen, guard)
+        self.entered(guard)
+
+    async def begin_unfenced(self) -> None:
+        """As on the sync connection."""
+        self.left()
+        async with self.lock:
+            await self.wait(self._begin_unfenced_gen())
+
+    async def rebegin(self, guard: Guard) -> None:
+        """As on the sync connection."""
+        assert not self.sent
+        await self._patiently(self._rebegin_gen, guard)
+        self.entered(guard)
+
+    async def lock_more(self, guard: Guard) -> None:
+        """As on the sync connection."""
+        await self._patiently(self._lock_more_gen, guard)
+        self.locked(guard)
