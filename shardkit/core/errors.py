@@ -53,7 +53,7 @@ class ShardkitError(Exception):
     @classmethod
     def default_hint(cls) -> str:
         """The second paragraph of the docstring: what to do next."""
-        return (cls._paragraphs() + [""])[1]
+        return [*cls._paragraphs(), ""][1]
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
@@ -346,6 +346,13 @@ class CommitUnknown(RetryLater):
     """
 
     retryable = False
+
+
+class PartlyCommitted(ShardkitError):
+    """A transaction that wrote to several shards was committed on some of them only.
+
+    Look for what it wrote before you do it again; in mode "single" this cannot happen.
+    """
 
 
 class LeaseHeld(RetryLater):

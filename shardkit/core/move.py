@@ -82,17 +82,28 @@ _BEFORE_DECISION = (
 )
 
 TABLE: tuple[Transition, ...] = (
-    Transition(Phase.PLANNED, Event.STARTED, Phase.PREPARING, "Checking both servers and marking the arcs in transit."),
+    Transition(
+        Phase.PLANNED,
+        Event.STARTED,
+        Phase.PREPARING,
+        "Checking both servers and marking the arcs in transit.",
+    ),
     Transition(Phase.PREPARING, Event.PREPARED, Phase.COPYING, "Copying the rows of the arcs to the target."),
     Transition(Phase.COPYING, Event.COPIED, Phase.CATCHING_UP, "Applying the writes made during the copy."),
     Transition(Phase.CATCHING_UP, Event.CAUGHT_UP, Phase.VERIFYING, "Comparing the rows on both sides."),
     Transition(Phase.VERIFYING, Event.VERIFIED, Phase.CUTTING_OVER, "Waiting for a moment to cut over."),
-    Transition(Phase.CUTTING_OVER, Event.POSTPONED, Phase.CATCHING_UP, "Too much changed; catching up again."),
+    Transition(
+        Phase.CUTTING_OVER, Event.POSTPONED, Phase.CATCHING_UP, "Too much changed; catching up again."
+    ),
     Transition(Phase.CUTTING_OVER, Event.DECIDED, Phase.CUT_OVER, "The target owns the arcs; opening it."),
     Transition(Phase.CUT_OVER, Event.OPENED, Phase.PURGING, "Deleting the moved rows from the source."),
-    Transition(Phase.PURGING, Event.PURGED, Phase.DONE, "Done: the target owns the arcs, the source is clean."),
+    Transition(
+        Phase.PURGING, Event.PURGED, Phase.DONE, "Done: the target owns the arcs, the source is clean."
+    ),
     *(
-        Transition(phase, Event.SERVER_CHANGED, Phase.PREPARING, "A server failed over; starting the copy again.")
+        Transition(
+            phase, Event.SERVER_CHANGED, Phase.PREPARING, "A server failed over; starting the copy again."
+        )
         for phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.VERIFYING, Phase.CUTTING_OVER)
     ),
     *(
@@ -100,8 +111,12 @@ TABLE: tuple[Transition, ...] = (
         for phase in _BEFORE_DECISION
     ),
     # An abort that comes after the decision finds it made, and the transfer goes on.
-    Transition(Phase.ABORTING, Event.DECIDED, Phase.CUT_OVER, "The cutover was decided already; opening the target."),
-    Transition(Phase.ABORTING, Event.UNDONE, Phase.ABORTED, "Aborted: the source owns the arcs, the target is clean."),
+    Transition(
+        Phase.ABORTING, Event.DECIDED, Phase.CUT_OVER, "The cutover was decided already; opening the target."
+    ),
+    Transition(
+        Phase.ABORTING, Event.UNDONE, Phase.ABORTED, "Aborted: the source owns the arcs, the target is clean."
+    ),
 )
 
 ACTIONS: dict[Phase, Action] = {
@@ -126,7 +141,9 @@ def step(phase: Phase, event: Event) -> Transition:
     try:
         return _INDEX[phase, event]
     except KeyError:
-        raise MoveTableError(f"A transfer that is {phase} cannot take {event!r}.", phase=phase, event=event) from None
+        raise MoveTableError(
+            f"A transfer that is {phase} cannot take {event!r}.", phase=phase, event=event
+        ) from None
 
 
 def sentence(phase: Phase) -> str:

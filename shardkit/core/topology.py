@@ -101,7 +101,9 @@ class Topology:
             return "a shard id is not within 0 to 65535"
         if bad := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
             return f"not a shard name: {bad[0]!r} (letters, digits, '_', '.', '-', 63 at most)"
-        if bad_fence := [s.name for s in self.shards if not _DIGEST.fullmatch(s.fence.digest) or s.fence.version < 1]:
+        if bad_fence := [
+            s.name for s in self.shards if not _DIGEST.fullmatch(s.fence.digest) or s.fence.version < 1
+        ]:
             return f"the fence of shard {bad_fence[0]} has no valid name"
         if any(shard.fence.version > self.version for shard in self.shards):
             return "a fence is newer than the topology"
@@ -311,7 +313,9 @@ class Topology:
             tables = tuple(ShardedTable(*entry) for entry in document["tables"])
             if not {table.key_type for table in tables} <= set(KEY_TYPES):
                 raise ValueError("unknown key type")
-            return cls(document["version"], shards, tuple(document["tokens"]), tuple(document["owners"]), tables)
+            return cls(
+                document["version"], shards, tuple(document["tokens"]), tuple(document["owners"]), tables
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
 
@@ -324,7 +328,9 @@ def _assigned(
     tokens: Sequence[int], owners: Sequence[int], arcs: ArcSet, owner: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens and owners after ``arcs`` were given to ``owner``, with no token that separates equal owners."""
-    ends = sorted({*tokens, *(arc.first - 1 for arc in arcs if arc.first > POSITION_MIN), *(arc.last for arc in arcs)})
+    ends = sorted(
+        {*tokens, *(arc.first - 1 for arc in arcs if arc.first > POSITION_MIN), *(arc.last for arc in arcs)}
+    )
     lookup = Ring(tokens, owners)
     new_tokens: list[int] = []
     new_owners: list[int] = []

@@ -11,9 +11,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from ..storage import change, replication, sourceguard
-from ..storage.connections import Connection, transaction
-from ..storage.failpoints import failpoint
+import psycopg
+
+from shardkit.storage import change, replication, sourceguard
+from shardkit.storage.connections import Connection, transaction
+from shardkit.storage.failpoints import failpoint
+
 from .verify import SMALL, Verifier
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 
 CATCH_UP_LIMIT = 0.5
 """Seconds that the target may take for the last writes while applications wait."""
+COMPARE_LIMIT = "500ms"
+"""Time that one query of the last comparison may take."""
+_FLUSH = (("lock_timeout", "200ms"), ("synchronous_commit", "on"))
 
 
 class Postponed(Exception):
@@ -47,9 +53,12 @@ class Cutover:
         self._catch_up()
         self.clock("caught_up")
         # One synchronous commit flushes all that the apply worker committed without waiting.
-        with transaction(run.target, ("synchronous_commit", "on")):
+        with transaction(run.target, *_FLUSH):
             change.claim(run.target, run.around.token)
-        self._verifier.remaining_differences()
+        try:
+            self._verifier.remaining_differences(COMPARE_LIMIT)
+        except psycopg.errors.QueryCanceled as error:
+            raise Postponed("the last comparison took too long") from error
         self.clock("verified")
         sourceguard.set_moved(source, run.row.id, run.target_shard.name)
         failpoint("cutting over.before decision")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 
-from ..core.errors import (
+from shardkit.core.errors import (
     CatalogUnreachable,
     MoverSuperseded,
     MoveWaiting,
@@ -22,12 +22,13 @@ from ..core.errors import (
     ShardUnreachable,
     TopologyInvalid,
 )
-from ..core.move import FINAL, Phase
-from ..core.placement import Placement, plan
-from ..core.topology import Topology
-from ..storage import change, replicaidentity, replication
-from ..storage.catalog import Catalog, Job, TransferRow
-from ..storage.connections import Connection, ShardConnections
+from shardkit.core.move import FINAL, Phase
+from shardkit.core.placement import Placement, plan
+from shardkit.core.topology import ShardedTable, Topology
+from shardkit.storage import change, replicaidentity, replication
+from shardkit.storage.catalog import Catalog, Job, TransferRow
+from shardkit.storage.connections import Connection, ShardConnections
+
 from .progress import Listener
 from .transfer import Interrupted, Surroundings, TransferRun
 
@@ -87,9 +88,11 @@ class Mover:
 
     def start(self, kind: str, weights: Mapping[int, int] | None = None) -> Job:
         """Make a job of what the planner says; `NothingToDo` if nothing would move."""
-        topology, goal = plan_job(self.catalog, weights)
+        _, goal = plan_job(self.catalog, weights)
         if not goal.transfers:
-            raise NothingToDo("Nothing has to move: every shard holds its share.", hint="There is no next step.")
+            raise NothingToDo(
+                "Nothing has to move: every shard holds its share.", hint="There is no next step."
+            )
         self.catalog.create_job(kind, goal)
         return self.job()
 
@@ -113,12 +116,12 @@ class Mover:
         errors: list[BaseException] = []
         with ThreadPoolExecutor(self._parallel, thread_name_prefix="transfer") as pool:
             futures = [
-                pool.submit(self._carry, row, abort) for row in self.catalog.transfers(job.id) if row.phase not in FINAL
+                pool.submit(self._carry, row, abort)
+                for row in self.catalog.transfers(job.id)
+                if row.phase not in FINAL
             ]
             try:
-                for future in futures:
-                    if (error := future.exception()) is not None:
-                        errors.append(error)
+                errors.extend(error for future in futures if (error := future.exception()) is not None)
             except BaseException:
                 self._stop.set()
                 raise
@@ -156,7 +159,9 @@ class Mover:
                     raise
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > self._patience:
-                    raise MoveWaiting(f"A server did not come back within {self._patience:.0f} s: {error}") from error
+                    raise MoveWaiting(
+                        f"A server did not come back within {self._patience:.0f} s: {error}"
+                    ) from error
                 self._around.pause(0.5)
                 self._settle_again()
 
@@ -165,7 +170,7 @@ class Mover:
         with Catalog.open(self._catalog_url) as catalog:
             return catalog.transfer(transfer_id)
 
-    # --- what an earlier mover, or a lost connection, left -------------------------------------------------------------
+    # --- what an earlier mover, or a lost connection, left ---------------------------------------------------------
 
     def _settle(self) -> None:
         with ShardConnections() as shards:
@@ -191,14 +196,14 @@ class Mover:
                 for table in topology.tables:
                     self._restore_identity(shards.get(shard), table)
 
-    def _restore_identity(self, connection: Connection, table: object) -> None:
+    def _restore_identity(self, connection: Connection, table: ShardedTable) -> None:
         deadline = time.monotonic() + self._patience
         while True:
             try:
-                return replicaidentity.restore(connection, table)  # type: ignore[arg-type]
+                return replicaidentity.restore(connection, table)
             except psycopg.errors.LockNotAvailable as error:
                 if time.monotonic() > deadline:
-                    raise MoveWaiting(f"The replica identity of {table} could not be set back: it is locked.") from error
+                    raise MoveWaiting(f"The replica identity of {table} could not be set back.") from error
                 self._around.pause(0.1)
 
 

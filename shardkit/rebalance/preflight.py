@@ -6,10 +6,11 @@ import os
 
 import psycopg
 
-from ..core.errors import IncompatibleServer, PreflightFailed
-from ..core.topology import Shard, ShardedTable, Topology
-from ..storage import replication, servers, tables
-from ..storage.connections import Connection, ShardConnections, value
+from shardkit.core.errors import IncompatibleServer, PreflightFailed
+from shardkit.core.topology import Shard, ShardedTable, Topology
+from shardkit.storage import replication, servers, tables
+from shardkit.storage.connections import Connection, ShardConnections, value
+from shardkit.storage.predicate import relation
 
 ALLOW_FSYNC_OFF = "SHARDKIT_ALLOW_FSYNC_OFF"
 """Environment variable that lets servers with fsync=off take part: throw-away ones, of a demo or of tests."""
@@ -31,7 +32,8 @@ def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnect
         reasons += _reachable(here, there, source, target)
     if reasons:
         raise PreflightFailed(
-            f"Rows cannot move from {source.name} to {target.name}:\n" + "\n".join(f"  - {text}" for text in reasons),
+            f"Rows cannot move from {source.name} to {target.name}:\n"
+            + "\n".join(f"  - {text}" for text in reasons),
             reasons=reasons,
         )
 
@@ -50,7 +52,9 @@ def _server(connection: Connection) -> list[str]:
         "(SELECT rolsuper OR rolreplication FROM pg_roles WHERE rolname = current_user)"
     ).fetchone() or (False, False)
     if not may_bypass:
-        reasons.append("the mover's role is neither superuser nor BYPASSRLS, so row security could hide rows from it")
+        reasons.append(
+            "the mover's role is neither superuser nor BYPASSRLS, so row security could hide rows from it"
+        )
     if not may_replicate:
         reasons.append("the mover's role has no REPLICATION attribute")
     try:
@@ -131,7 +135,7 @@ def _table(
 
 
 def _name(table: ShardedTable, connection: Connection) -> str:
-    return tables.relation(table).as_string(connection)
+    return relation(table).as_string(connection)
 
 
 def _key_is_indexed(connection: Connection, table: ShardedTable) -> bool:

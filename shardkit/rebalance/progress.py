@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..core.move import Phase, sentence
+from shardkit.core.move import Phase, sentence
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import psycopg
 
-from ..core.errors import MoverSuperseded, MoveWaiting, ReplicationFailed
-from ..core.move import ACTIONS, FINAL, Action, Event, can_abort, step
-from ..core.topology import Shard, ShardedTable, Topology
-from ..storage import change, fence, purge, replicaidentity, replication, servers, sourceguard, tables
-from ..storage.catalog import Catalog, TransferRow
-from ..storage.connections import Connection, ShardConnections, transaction
-from ..storage.failpoints import failpoint
+from shardkit.core.errors import MoverSuperseded, MoveWaiting, ReplicationFailed
+from shardkit.core.move import ACTIONS, FINAL, Action, Event, can_abort, step
+from shardkit.core.topology import Shard, ShardedTable, Topology
+from shardkit.storage import change, fence, purge, replicaidentity, replication, servers, sourceguard, tables
+from shardkit.storage.catalog import Catalog, TransferRow
+from shardkit.storage.connections import Connection, ShardConnections, transaction
+from shardkit.storage.failpoints import failpoint
+
 from . import preflight
 from .cutover import Cutover, Postponed
 from .progress import Listener, Tracker
@@ -70,7 +72,9 @@ class TransferRun:
         self.source_shard = topology.by_id[row.source]
         self.target_shard = topology.by_id[row.target]
         self.tables = topology.tables
-        self.track = Tracker(row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener)
+        self.track = Tracker(
+            row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener
+        )
         self._verifier: Verifier | None = None
         self._actions: dict[Action, Callable[[], Event]] = {
             Action.START: lambda: Event.STARTED,
@@ -165,10 +169,14 @@ class TransferRun:
                 act()
                 return self._wait_for(None)
             except psycopg.errors.LockNotAvailable as error:
-                blocker = replication.oldest_writer(self.probes.get(shard)) or "a session that reads the table"
+                blocker = (
+                    replication.oldest_writer(self.probes.get(shard)) or "a session that reads the table"
+                )
                 self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
                 if time.monotonic() > deadline:
-                    raise MoveWaiting(f"{what} on shard {shard.name} could not get its lock: {blocker}.") from error
+                    raise MoveWaiting(
+                        f"{what} on shard {shard.name} could not get its lock: {blocker}."
+                    ) from error
             self.around.pause(pause)
             pause = min(pause * 1.5, 1.0)
 
@@ -184,9 +192,8 @@ class TransferRun:
         self._drop_replication()
         self._delete_rows(self.target_shard)
         for index, table in enumerate(self.tables):
-            self._with_lock_retries(
-                f"the trigger on {table}", self.source_shard, lambda i=index, t=table: self._install(i, t)
-            )
+            install = partial(self._install, index, table)
+            self._with_lock_retries(f"the trigger on {table}", self.source_shard, install)
         identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
         rows, size = self._estimate()
         self.catalog.note(self.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
@@ -202,7 +209,9 @@ class TransferRun:
             return
         replicaidentity.prepare_index(self.source, table)
         self._with_lock_retries(
-            f"the replica identity of {table}", self.source_shard, lambda: replicaidentity.use(self.source, table)
+            f"the replica identity of {table}",
+            self.source_shard,
+            lambda: replicaidentity.use(self.source, table),
         )
 
     def _both(self) -> Iterable[tuple[Shard, Connection]]:
@@ -281,7 +290,9 @@ class TransferRun:
                 blocker = replication.oldest_writer(self.source) or "a prepared transaction"
                 self._wait_for(f"the replication slot on shard {self.source_shard.name} waits for {blocker}")
                 if time.monotonic() > deadline:
-                    raise MoveWaiting(f"No replication slot could be made: {blocker} is still open.") from error
+                    raise MoveWaiting(
+                        f"No replication slot could be made: {blocker} is still open."
+                    ) from error
             finally:
                 self.source.execute("RESET statement_timeout")
             self.around.pause(POLL)
@@ -330,7 +341,7 @@ class TransferRun:
             self.row.id,
             self.tables,
             self.row.arcs,
-            wait_replayed=lambda: self._wait_replayed() and None,
+            wait_replayed=self._wait_replayed,
             on_rows=lambda rows: self.track.update(rows=self.track.now.rows + rows),
         )
         self._verifier.run()
@@ -348,10 +359,13 @@ class TransferRun:
         cutover = Cutover(self, self._verifier)
         deadline = time.monotonic() + self.around.patience
         while True:
+            self.around.pause(0)
             self._verifier.settle_once()
             try:
                 self._change(
-                    lambda now, version: now.cut_over(version, self.row.source, self.row.target, self.row.arcs),
+                    lambda now, version: now.cut_over(
+                        version, self.row.source, self.row.target, self.row.arcs
+                    ),
                     1.0,
                     while_closed=cutover.while_closed,
                     on_open=cutover.on_open,
@@ -364,7 +378,9 @@ class TransferRun:
                     ) from error
                 self.around.pause(0.05)
                 continue
-            self.catalog.note(self.row.id, pause_ms=cutover.pause_ms(), certificate=self._verifier.certificate)
+            self.catalog.note(
+                self.row.id, pause_ms=cutover.pause_ms(), certificate=self._verifier.certificate
+            )
             return Event.DECIDED
 
     def _decided(self) -> bool:
@@ -382,7 +398,9 @@ class TransferRun:
         self.track.update(rows_expected=sum(self._certified_rows().values()))
         deleted = self._delete_rows(self.source_shard)
         self._remove_triggers()
-        self._change(lambda now, version: now.unmarked(version, self.row.source, self.row.arcs), self.around.patience)
+        self._change(
+            lambda now, version: now.unmarked(version, self.row.source, self.row.arcs), self.around.patience
+        )
         purged = self.catalog.transfer(self.row.id).record.get("rows_purged", 0)
         self.catalog.note(self.row.id, rows_purged=purged + deleted)
         return Event.PURGED
@@ -432,7 +450,7 @@ class TransferRun:
                     table,
                     self.row.arcs,
                     token=self.around.token,
-                    current_fence=lambda fence=in_force: fence,
+                    in_force=in_force,
                     on_batch=on_batch,
                 )
                 return done
@@ -444,9 +462,8 @@ class TransferRun:
 
     def _remove_triggers(self) -> None:
         for index, table in enumerate(self.tables):
-            self._with_lock_retries(
-                f"the trigger on {table}", self.source_shard, lambda i=index, t=table: self._uninstall(i, t)
-            )
+            uninstall = partial(self._uninstall, index, table)
+            self._with_lock_retries(f"the trigger on {table}", self.source_shard, uninstall)
         with transaction(self.source):
             change.claim(self.source, self.around.token)
             sourceguard.clear(self.source, self.row.id)
@@ -468,7 +485,8 @@ class TransferRun:
         if self.topology().by_id[self.row.target].in_transit.issuperset(self.row.arcs):
             self._delete_rows(self.target_shard)
             self._change(
-                lambda now, version: now.unmarked(version, self.row.target, self.row.arcs), self.around.patience
+                lambda now, version: now.unmarked(version, self.row.target, self.row.arcs),
+                self.around.patience,
             )
         self._remove_triggers()
         return Event.UNDONE

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.errors import VerificationFailed
-from ..core.keyrange import ArcSet
-from ..core.topology import ShardedTable
-from ..storage import digest, sourceguard
-from ..storage.connections import Connection
-from ..storage.tables import describe
+from shardkit.core.errors import VerificationFailed
+from shardkit.core.keyrange import Arc, ArcSet
+from shardkit.core.topology import ShardedTable
+from shardkit.storage import digest, sourceguard
+from shardkit.storage.connections import Connection
+from shardkit.storage.tables import describe
 
 Suspect = tuple[int, str]
 """A table's number and a key of it, as text."""
@@ -38,7 +38,7 @@ class Verifier:
     transfer: int
     tables: Sequence[ShardedTable]
     arcs: ArcSet
-    wait_replayed: Callable[[], None]
+    wait_replayed: Callable[[], object]
     on_rows: Callable[[int], None]
     suspects: set[Suspect] = field(default_factory=set)
     certificate: dict[str, Any] = field(default_factory=dict)
@@ -63,10 +63,13 @@ class Verifier:
             "arcs": [list(arc) for arc in self.arcs],
         }
 
-    def remaining_differences(self) -> None:
-        """The last comparison, inside the cutover: of what was written since. Nobody may be writing."""
+    def remaining_differences(self, statement_timeout: str) -> None:
+        """The last comparison, inside the cutover: of what was written since. Nobody may be writing.
+
+        ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
+        """
         left = self.suspects | set(sourceguard.peek_changes(self.source, self.transfer))
-        differing = self._compare_keys(left)
+        differing = self._compare_keys(left, ("statement_timeout", statement_timeout))
         self.certificate["checked_in_cutover"] = len(left)
         if differing:
             self._fail(differing)
@@ -110,14 +113,14 @@ class Verifier:
         self.on_rows(rows)
         return rows, len(pieces)
 
-    def _differing_keys(self, table: ShardedTable, columns: Sequence[str], piece: Any) -> set[str]:
+    def _differing_keys(self, table: ShardedTable, columns: Sequence[str], piece: Arc) -> set[str]:
         with digest.snapshot(self.source):
             mine = digest.by_key_of_chunk(self.source, table, columns, piece)
         with digest.snapshot(self.target):
             theirs = digest.by_key_of_chunk(self.target, table, columns, piece)
         return {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
 
-    def _compare_keys(self, suspects: Iterable[Suspect]) -> set[Suspect]:
+    def _compare_keys(self, suspects: Iterable[Suspect], *settings: tuple[str, str]) -> set[Suspect]:
         by_table: dict[int, list[str]] = {}
         for index, key in suspects:
             by_table.setdefault(index, []).append(key)
@@ -125,9 +128,9 @@ class Verifier:
         for index, keys in by_table.items():
             for start in range(0, len(keys), KEYS_A_QUERY):
                 part = keys[start : start + KEYS_A_QUERY]
-                with digest.snapshot(self.source):
+                with digest.snapshot(self.source, *settings):
                     mine = digest.by_key(self.source, self.tables[index], self._columns[index], part)
-                with digest.snapshot(self.target):
+                with digest.snapshot(self.target, *settings):
                     theirs = digest.by_key(self.target, self.tables[index], self._columns[index], part)
                 differing |= {(index, key) for key in part if mine.get(key) != theirs.get(key)}
         return differing

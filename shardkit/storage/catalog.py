@@ -14,17 +14,18 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, LiteralString, Self
 from uuid import UUID, uuid4
 
 import psycopg
 from psycopg.types.json import Jsonb
 
-from ..core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised
-from ..core.keyrange import Arc, ArcSet
-from ..core.move import Phase
-from ..core.placement import Placement
-from ..core.topology import Topology
+from shardkit.core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised
+from shardkit.core.keyrange import Arc, ArcSet
+from shardkit.core.move import Phase
+from shardkit.core.placement import Placement
+from shardkit.core.topology import Topology
+
 from .connections import Connection, connect_catalog, value
 from .topologies import read_current
 
@@ -59,7 +60,13 @@ class TransferRow:
     waiting_for: str | None
 
 
-_TRANSFER_COLUMNS = "id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for"
+_TRANSFERS = """
+SELECT id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for
+FROM shardkit.transfers WHERE {} = %s ORDER BY id
+"""
+_JOBS = "SELECT id, kind, state, goal, attempts, last_error FROM shardkit.jobs"
+_RUNNING_JOB = f"{_JOBS} WHERE state = 'running'"
+_LATEST_JOB = f"{_JOBS} ORDER BY id DESC LIMIT 1"
 
 
 def _transfer(row: tuple[Any, ...]) -> TransferRow:
@@ -213,26 +220,30 @@ class Catalog:
             cursor.executemany(
                 "INSERT INTO shardkit.transfers (job_id, source, target, arcs, phase) VALUES (%s, %s, %s, %s, %s)",
                 [
-                    (job_id, transfer.source, transfer.target, Jsonb([list(arc) for arc in transfer.arcs]), "planned")
+                    (
+                        job_id,
+                        transfer.source,
+                        transfer.target,
+                        Jsonb([list(arc) for arc in transfer.arcs]),
+                        "planned",
+                    )
                     for transfer in goal.transfers
                 ],
             )
             self.event(cursor, "job", job=job_id, kind=kind, transfers=len(goal.transfers))
         return int(job_id)
 
-    def _jobs(self, where: str) -> Job | None:
-        row = self.connection.execute(
-            "SELECT id, kind, state, goal, attempts, last_error FROM shardkit.jobs " + where
-        ).fetchone()
+    def _job(self, query: LiteralString) -> Job | None:
+        row = self.connection.execute(query).fetchone()
         return Job(row[0], row[1], row[2], Placement.from_json(row[3]), row[4], row[5]) if row else None
 
     def running_job(self) -> Job | None:
         """The unfinished job, if there is one."""
-        return self._jobs("WHERE state = 'running'")
+        return self._job(_RUNNING_JOB)
 
     def latest_job(self) -> Job | None:
         """The job made last, finished or not."""
-        return self._jobs("ORDER BY id DESC LIMIT 1")
+        return self._job(_LATEST_JOB)
 
     def finish_job(self, job_id: int, state: str) -> None:
         """End a job as ``done`` or ``aborted``."""
@@ -245,16 +256,12 @@ class Catalog:
 
     def transfers(self, job_id: int) -> list[TransferRow]:
         """The transfers of a job, in the order they were planned."""
-        rows = self.connection.execute(
-            f"SELECT {_TRANSFER_COLUMNS} FROM shardkit.transfers WHERE job_id = %s ORDER BY id", (job_id,)
-        )
+        rows = self.connection.execute(_TRANSFERS.format("job_id"), (job_id,))
         return [_transfer(row) for row in rows]
 
     def transfer(self, transfer_id: int) -> TransferRow:
         """One transfer."""
-        row = self.connection.execute(
-            f"SELECT {_TRANSFER_COLUMNS} FROM shardkit.transfers WHERE id = %s", (transfer_id,)
-        ).fetchone()
+        row = self.connection.execute(_TRANSFERS.format("id"), (transfer_id,)).fetchone()
         assert row is not None
         return _transfer(row)
 
@@ -268,7 +275,14 @@ class Catalog:
             )
             if cursor.rowcount != 1:
                 raise MoverSuperseded
-            self.event(cursor, "phase", job=transfer.job_id, transfer=transfer.id, phase=phase.value, sentence=sentence)
+            self.event(
+                cursor,
+                "phase",
+                job=transfer.job_id,
+                transfer=transfer.id,
+                phase=phase.value,
+                sentence=sentence,
+            )
 
     def note(self, transfer_id: int, **facts: Any) -> None:
         """Add facts to a transfer's record."""
@@ -290,7 +304,8 @@ class Catalog:
         """Store a failure beside the phase, which stays."""
         with self.writing() as cursor:
             cursor.execute(
-                "UPDATE shardkit.transfers SET attempts = attempts + 1, last_error = %s, updated_at = now() WHERE id = %s",
+                "UPDATE shardkit.transfers SET attempts = attempts + 1, last_error = %s, updated_at = now() "
+                "WHERE id = %s",
                 (error, transfer.id),
             )
             cursor.execute(

@@ -19,8 +19,9 @@ from collections.abc import Callable
 
 import psycopg
 
-from ..core.errors import MoverSuperseded, MoveWaiting, ShardBehind
-from ..core.topology import Topology
+from shardkit.core.errors import MoverSuperseded, MoveWaiting, ShardBehind
+from shardkit.core.topology import Topology
+
 from . import fence
 from .catalog import Catalog
 from .connections import Connection, ShardConnections, transaction
@@ -34,13 +35,14 @@ CLOSING = (
     ("statement_timeout", "10s"),
     # A mover that hangs with the fence in its hand loses it.
     ("idle_in_transaction_session_timeout", "2s"),
+    ("tcp_user_timeout", "5s"),
     ("synchronous_commit", "on"),
 )
 OPENING = (("lock_timeout", "5s"), ("statement_timeout", "30s"), ("synchronous_commit", "on"))
 
 Report = Callable[[str | None], None]
 Clock = Callable[[str], None]
-"""Called with ``asked`` (just before the closing lock is asked for), ``locked``, ``decided``, ``opened``, ``recorded``."""
+"""Called with ``asked`` (just before the closing lock is), ``locked``, ``decided``, ``opened``, ``recorded``."""
 Hook = Callable[[Connection], None]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import psycopg
 
-from ..core.errors import CatalogUnreachable, ShardUnreachable
-from ..core.topology import Shard
+from shardkit.core.errors import CatalogUnreachable, ShardUnreachable
+from shardkit.core.topology import Shard
+
 from .urls import conninfo, redacted
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -52,7 +53,9 @@ def connect_catalog(url: str, **extra: Any) -> Connection:
     try:
         return connect(url, **extra)
     except psycopg.OperationalError as error:
-        raise CatalogUnreachable(f"The catalog at {redacted(url)} does not answer: {_first_line(error)}") from error
+        raise CatalogUnreachable(
+            f"The catalog at {redacted(url)} does not answer: {_first_line(error)}"
+        ) from error
 
 
 class ShardConnections:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import NamedTuple
 
 from psycopg import sql
 
-from ..core.keyrange import Arc, ArcSet
-from ..core.topology import ShardedTable
+from shardkit.core.keyrange import Arc, ArcSet
+from shardkit.core.topology import ShardedTable
+
 from .connections import Connection, transaction
 from .predicate import bigint, position, relation, within
 
@@ -40,9 +42,9 @@ class Digest(NamedTuple):
     sum: int
 
 
-def snapshot(connection: Connection) -> AbstractContextManager[Connection]:
-    """A transaction in which digests may be computed."""
-    return transaction(connection, *_TEXT_FORM)
+def snapshot(connection: Connection, *settings: tuple[str, str]) -> AbstractContextManager[Connection]:
+    """A transaction in which digests may be computed, with further settings."""
+    return transaction(connection, *_TEXT_FORM, *settings)
 
 
 def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
@@ -53,7 +55,7 @@ def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
         number = max(1, -(-(last - first + 1) // size))
         width = (last - first + 1) / number
         starts = [first + int(width * n) for n in range(number)] + [last + 1]
-        pieces += [Arc(a, b - 1) for a, b in zip(starts, starts[1:], strict=False) if a < b]
+        pieces += [Arc(a, b - 1) for a, b in pairwise(starts) if a < b]
     return pieces
 
 
@@ -70,7 +72,8 @@ def by_chunk(
         return {}
     bounds = "{" + ",".join(str(piece.first) for piece in pieces) + "}"
     query = sql.SQL(
-        "SELECT width_bucket({place}, {bounds}::bigint[]) - 1, count(*), {digest} FROM {table} WHERE {inside} GROUP BY 1"
+        "SELECT width_bucket({place}, {bounds}::bigint[]) - 1, count(*), {digest} "
+        "FROM {table} WHERE {inside} GROUP BY 1"
     ).format(
         place=position(table),
         bounds=sql.Literal(bounds),

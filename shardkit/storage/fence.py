@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from ..core.topology import Fence, Topology
+from shardkit.core.topology import Fence, Topology
+
 from .connections import Connection
 from .topologies import write_copy
 
-RELATIONS = r"SELECT relname FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^fence_\d+_'"
+RELATIONS = (
+    r"SELECT relname FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^fence_\d+_'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,9 @@ def close(connection: Connection, names: set[str], topology: Topology, shard_id:
     for name in sorted(names - {kept}):
         connection.execute(sql.SQL("DROP TABLE {}").format(_qualified(name)))
     if kept != new:
-        connection.execute(sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new)))
+        connection.execute(
+            sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new))
+        )
     write_copy(connection, topology, shard_id)
 
 
@@ -89,12 +94,14 @@ def open_beside(connection: Connection, topology: Topology, shard_id: int) -> No
 
 HOLDERS = r"""
 SELECT a.pid, x.gid, coalesce(a.usename, x.owner), a.application_name,
-       extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, x.prepared))::float8, a.query
+       -- Whoever ends between the looks at pg_locks and at pg_stat_activity has no start any more.
+       coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, x.prepared)), 0)::float8, a.query
 FROM pg_locks l
 JOIN pg_class c ON c.oid = l.relation AND c.relnamespace = 'shardkit'::regnamespace AND c.relname ~ '^fence_\d+_'
 LEFT JOIN pg_stat_activity a ON a.pid = l.pid
 LEFT JOIN pg_prepared_xacts x ON l.pid IS NULL AND l.virtualtransaction = '-1/' || x.transaction::text
-WHERE l.locktype = 'relation' AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+WHERE l.locktype = 'relation' AND l.granted
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND l.pid IS DISTINCT FROM pg_backend_pid()
 ORDER BY 5 DESC
 """

@@ -24,7 +24,8 @@ Branch = Literal["catalog", "shard"]
 def _scripts() -> Path:
     """The folder of the scripts, installed or in a checkout."""
     package = find_spec("shardkit")
-    assert package is not None and package.origin is not None
+    assert package is not None
+    assert package.origin is not None
     here = Path(package.origin).parent
     for folder in (here / "_migrations", here.parent / "migrations"):
         if (folder / "env.py").is_file():
@@ -53,8 +54,8 @@ def upgrade(url: str, branch: Branch) -> None:
 def pending(url: str, branch: Branch) -> bool:
     """Whether the branch of the database is behind its head."""
     script = ScriptDirectory.from_config(_config())
-    head = script.get_revision(f"{branch}@head")
+    head = script.get_revision(f"{branch}@head").revision
     engine = create_engine(sqlalchemy_url(url), poolclass=NullPool)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table_schema": "shardkit"})
-        return head is not None and head.revision not in context.get_current_heads()
+        return head not in context.get_current_heads()

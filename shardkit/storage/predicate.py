@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from ..core.keyrange import ArcSet
-from ..core.topology import KeyType, ShardedTable
+from shardkit.core.keyrange import ArcSet
+from shardkit.core.topology import KeyType, ShardedTable
 
 HASH_FUNCTIONS: dict[KeyType, str] = {
     "int": "hashint8extended",

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 from psycopg import sql
 
-from ..core.keyrange import ArcSet
-from ..core.topology import Fence, ShardedTable
+from shardkit.core.keyrange import ArcSet
+from shardkit.core.topology import Fence, ShardedTable
+
 from . import fence as fences
 from .change import claim
 from .connections import Connection, transaction, value
@@ -48,15 +49,15 @@ def delete_arcs(
     arcs: ArcSet,
     *,
     token: int,
-    current_fence: Callable[[], Fence],
+    in_force: Fence,
     on_batch: Callable[[int], None],
     share: float = 0.5,
 ) -> int:
     """Delete every row of ``arcs``; the number deleted.
 
-    Each batch writes the mover's token and takes the guard of ``current_fence()``, a topology under which this shard
-    does not own the arcs; where that is no longer in force, ``psycopg.errors.UndefinedTable`` passes through. Batches
-    run for ``share`` of the time, at most.
+    Each batch writes the mover's token and takes the guard of ``in_force``, the fence of a topology under which this
+    shard does not own the arcs; where it is no longer there, ``psycopg.errors.UndefinedTable`` passes through.
+    Batches run for ``share`` of the time, at most.
     """
     deleted = 0
     for leaf in leaves(connection, table):
@@ -69,7 +70,7 @@ def delete_arcs(
             started = time.monotonic()
             with transaction(connection, *_SETTINGS):
                 claim(connection, token)
-                fences.guard(connection, current_fence())
+                fences.guard(connection, in_force)
                 gone = connection.execute(
                     sql.SQL("DELETE FROM ONLY {} WHERE ctid >= {}::tid AND ctid < {}::tid AND {}").format(
                         leaf,

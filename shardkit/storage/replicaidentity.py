@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from ..core.topology import ShardedTable
+from shardkit.core.topology import ShardedTable
+
 from .connections import Connection, transaction
 from .predicate import relation
 from .tables import describe
@@ -36,7 +37,8 @@ def prepare_index(connection: Connection, table: ShardedTable) -> None:
         return
     name = sql.Identifier(table.schema, _index(table))
     valid = connection.execute(
-        "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass(%s)", (name.as_string(connection),)
+        "SELECT i.indisvalid FROM pg_index i WHERE i.indexrelid = to_regclass(%s)",
+        (name.as_string(connection),),
     ).fetchone()
     if valid is not None and valid[0]:
         return
@@ -59,18 +61,17 @@ def use(connection: Connection, table: ShardedTable) -> None:
         connection.execute(
             """
             INSERT INTO shardkit.replica_identity (relation, kind, index_name)
-            SELECT %(name)s, c.relreplident, (
+            SELECT %(name)s::text, c.relreplident, (
                 SELECT x.relname FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
                 WHERE i.indrelid = c.oid AND i.indisreplident)
-            FROM pg_class c WHERE c.oid = %(name)s::regclass
+            FROM pg_class c WHERE c.oid = %(name)s::text::regclass
             ON CONFLICT DO NOTHING
             """,
             {"name": name},
         )
+        how: sql.Composable = sql.SQL("FULL")
         if found.primary_key:
             how = sql.SQL("USING INDEX {}").format(sql.Identifier(_index(table)))
-        else:
-            how = sql.SQL("FULL")
         connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
 
 

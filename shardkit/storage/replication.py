@@ -14,12 +14,42 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from ..core.keyrange import ArcSet
-from ..core.topology import ShardedTable
+from shardkit.core.keyrange import ArcSet
+from shardkit.core.topology import ShardedTable
+
 from .connections import Connection, value
 from .predicate import relation, within
 
-_OWN = "subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())"
+_PEER_PARAMETERS = (
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+)
+# pg_subscription is shared by all databases of a server.
+_SUBSCRIPTION = """
+SELECT 1 FROM pg_subscription
+WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND subname = %s
+"""
+_COPY_STATE = """
+SELECT s.subenabled,
+       (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid AND r.srsubstate = 'r'),
+       (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid),
+       coalesce((SELECT t.apply_error_count + t.sync_error_count
+                 FROM pg_stat_subscription_stats t WHERE t.subid = s.oid), 0),
+       (SELECT coalesce(jsonb_object_agg(p.relid::regclass::text,
+                                         jsonb_build_array(p.tuples_processed, p.bytes_processed)), '{}')
+        FROM pg_stat_progress_copy p
+        JOIN pg_subscription_rel r ON r.srrelid = p.relid AND r.srsubid = s.oid
+        WHERE p.datname = current_database())
+FROM pg_subscription s
+WHERE s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND s.subname = %s
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +75,9 @@ class Sender:
 
 
 def peer_conninfo(connection: Connection) -> str:
-    """How a target connects to the server of this connection: as we did, password included, and nothing else of ours."""
+    """How a target connects to the server of this connection: as we did, password included."""
     mine = connection.info.get_parameters()
-    kept = {name: mine[name] for name in ("host", "hostaddr", "port", "dbname", "user", "sslmode", "sslrootcert",
-                                          "sslcert", "sslkey") if name in mine}  # fmt: skip
+    kept: dict[str, str] = {name: mine[name] for name in _PEER_PARAMETERS if name in mine}
     kept.setdefault("host", connection.info.host)
     kept.setdefault("port", str(connection.info.port))
     kept.setdefault("dbname", connection.info.dbname)
@@ -101,7 +130,8 @@ def drop_slot(source: Connection, name: str) -> bool:
     """Drop the slot; False if it is still in use, which ends by itself soon after the subscription is gone."""
     try:
         source.execute(
-            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", (name,)
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
+            (name,),
         )
     except psycopg.errors.ObjectInUse:
         return False
@@ -121,7 +151,9 @@ def oldest_writer(source: Connection) -> str | None:
     if row is None:
         return None
     pid, user, application, age, query = row
-    return f"pid {pid}, user {user}, application {application or '-'}, transaction {age:.1f} s old: {query[:80]}"
+    return (
+        f"pid {pid}, user {user}, application {application or '-'}, transaction {age:.1f} s old: {query[:80]}"
+    )
 
 
 def sender(source: Connection, name: str, passed: str | None = None) -> Sender | None:
@@ -149,7 +181,7 @@ def position_now(source: Connection) -> str:
 
 def subscription_exists(target: Connection, name: str) -> bool:
     """Whether the subscription is there."""
-    return value(target, f"SELECT 1 FROM pg_subscription WHERE {_OWN} AND subname = %s", (name,)) is not None
+    return value(target, _SUBSCRIPTION, (name,)) is not None
 
 
 def create_subscription(target: Connection, name: str, source_conninfo: str) -> None:
@@ -196,21 +228,7 @@ def drop_subscription(target: Connection, name: str) -> None:
 
 def copy_state(target: Connection, name: str) -> CopyState | None:
     """How far the subscription is; None if there is none."""
-    row = target.execute(
-        f"""
-        SELECT s.subenabled,
-               (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid AND r.srsubstate = 'r'),
-               (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid),
-               coalesce((SELECT t.apply_error_count + t.sync_error_count
-                         FROM pg_stat_subscription_stats t WHERE t.subid = s.oid), 0),
-               (SELECT coalesce(jsonb_object_agg(p.relid::regclass::text, jsonb_build_array(p.tuples_processed, p.bytes_processed)), '{{}}')
-                FROM pg_stat_progress_copy p
-                JOIN pg_subscription_rel r ON r.srrelid = p.relid AND r.srsubid = s.oid
-                WHERE p.datname = current_database())
-        FROM pg_subscription s WHERE {_OWN} AND s.subname = %s
-        """,
-        (name,),
-    ).fetchone()
+    row = target.execute(_COPY_STATE, (name,)).fetchone()
     if row is None:
         return None
     enabled, ready, tables, errors, running = row

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from ..core.errors import IncompatibleServer
-from ..core.ring import position
+from shardkit.core.errors import IncompatibleServer
+from shardkit.core.ring import position
+
 from .connections import Connection, value
 
 MINIMUM_VERSION = 150000
@@ -48,8 +49,10 @@ def identity(connection: Connection) -> ServerIdentity:
 
 def settings(connection: Connection, *names: str) -> dict[str, str]:
     """Settings as ``SHOW`` prints them."""
-    rows = connection.execute("SELECT name, current_setting(name) FROM unnest(%s::text[]) name", (list(names),))
-    return {name: setting for name, setting in rows}
+    rows = connection.execute(
+        "SELECT name, current_setting(name) FROM unnest(%s::text[]) name", (list(names),)
+    )
+    return dict(rows.fetchall())
 
 
 def check_hash(connection: Connection) -> None:
@@ -57,7 +60,9 @@ def check_hash(connection: Connection) -> None:
     row = connection.execute(_VECTOR_QUERY, VECTORS).fetchone()
     wanted = tuple(position(key) for key in VECTORS)
     if row != wanted:
-        wrong = [repr(key) for key, found, want in zip(VECTORS, row or (), wanted, strict=False) if found != want]
+        wrong = [
+            repr(key) for key, found, want in zip(VECTORS, row or (), wanted, strict=False) if found != want
+        ]
         raise IncompatibleServer(
             f"This server hashes {', '.join(wrong)} otherwise than the ring, so keys would be sought on wrong shards.",
             hint="Shards must run on little-endian machines with PostgreSQL's own hash functions.",
@@ -65,16 +70,23 @@ def check_hash(connection: Connection) -> None:
 
 
 def check_server(connection: Connection) -> None:
-    """Whether the server can be a shard: version, wal_level, a primary, its hash; `IncompatibleServer` with all reasons."""
+    """Whether the server can be a shard: version, wal_level, a primary, its hash.
+
+    `IncompatibleServer` names all reasons.
+    """
     reasons = []
     version = connection.info.server_version
     if version < MINIMUM_VERSION:
         reasons.append(f"it runs PostgreSQL {version // 10000}, and 15 or newer is needed")
     wal_level = value(connection, "SHOW wal_level")
     if wal_level != "logical":
-        reasons.append(f"its wal_level is {wal_level}, and logical is needed (ALTER SYSTEM SET wal_level = logical, restart)")
+        reasons.append(
+            f"its wal_level is {wal_level}, and logical is needed (ALTER SYSTEM SET wal_level = logical, then restart)"
+        )
     if value(connection, "SELECT pg_is_in_recovery()"):
         reasons.append("it is a standby")
     if reasons:
-        raise IncompatibleServer(f"This server cannot be a shard: {'; '.join(reasons)}.", hint="Correct that and try again.")
+        raise IncompatibleServer(
+            f"This server cannot be a shard: {'; '.join(reasons)}.", hint="Correct that and try again."
+        )
     check_hash(connection)

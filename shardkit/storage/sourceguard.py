@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from psycopg import sql
 
-from ..core.keyrange import ArcSet
-from ..core.topology import ShardedTable
+from shardkit.core.keyrange import ArcSet
+from shardkit.core.topology import ShardedTable
+
 from .connections import Connection, value
 from .predicate import position, relation, within
 
@@ -56,7 +57,9 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
     if installed(source, transfer, index):
         return
     function = _function(transfer, index)
-    body = _BODY.format(transfer=sql.Literal(transfer), index=sql.Literal(index), key=sql.Identifier(table.key))
+    body = _BODY.format(
+        transfer=sql.Literal(transfer), index=sql.Literal(index), key=sql.Identifier(table.key)
+    )
     # Definer: the application's role may write its tables and not ours.
     source.execute(
         sql.SQL(
@@ -131,7 +134,8 @@ def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:
 def set_moved(source: Connection, transfer: int, target: str) -> None:
     """From the caller's commit on, refuse writes to the moved rows; part of the decision."""
     source.execute(
-        "INSERT INTO shardkit.moved (transfer_id, target) VALUES (%s, %s) ON CONFLICT DO NOTHING", (transfer, target)
+        "INSERT INTO shardkit.moved (transfer_id, target) VALUES (%s, %s) ON CONFLICT DO NOTHING",
+        (transfer, target),
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from ..core.topology import KeyType, ShardedTable
+from shardkit.core.topology import KeyType, ShardedTable
+
 from .connections import Connection, value
 from .predicate import relation
 
@@ -71,7 +72,9 @@ WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attname
 """
 # NOT NULL constraints ('n', from PostgreSQL 18 on) are columns' properties before; compared there.
-_CONSTRAINTS = "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s AND contype IN ('c','f','p','u','x')"
+_CONSTRAINTS = """
+SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s AND contype IN ('c', 'f', 'p', 'u', 'x')
+"""
 _INDEXES = """
 SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), i.indisprimary, i.indisreplident,
        ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k(attnum, place)
@@ -89,7 +92,9 @@ def describe(connection: Connection, table: ShardedTable) -> Table | None:
     oid, kind, persistence, identity, estimate, size = found
     columns = tuple(Column(*row) for row in connection.execute(_COLUMNS, (oid,)))
     constraints = frozenset(row[0] for row in connection.execute(_CONSTRAINTS, (oid,)))
-    indexes, primary_key, identity_columns = set(), (), frozenset()
+    indexes: set[str] = set()
+    primary_key: tuple[str, ...] = ()
+    identity_columns: frozenset[str] = frozenset()
     for definition, name, primary, replica_identity, names in connection.execute(_INDEXES, (oid,)):
         indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
         if primary:
@@ -143,17 +148,22 @@ def differences(table: ShardedTable, source: Table | None, target: Table | None)
         if name not in theirs or name not in ours:
             found.append(f"column {table}.{name} is missing on the {'target' if name in ours else 'source'}")
         elif ours[name] != theirs[name]:
-            found.append(f"column {table}.{name} differs: {_shown(ours[name])} on the source, {_shown(theirs[name])} on the target")
-    for what, mine, other in (
+            mine, other = _shown(ours[name]), _shown(theirs[name])
+            found.append(f"column {table}.{name} differs: {mine} on the source, {other} on the target")
+    for what, here, there in (
         ("constraint", source.constraints, target.constraints),
         ("index", source.indexes, target.indexes),
     ):
-        found += [f"{what} of {table} is missing on the target: {text}" for text in sorted(mine - other)]
-        found += [f"{what} of {table} is missing on the source: {text}" for text in sorted(other - mine)]
+        found += [f"{what} of {table} is missing on the target: {text}" for text in sorted(here - there)]
+        found += [f"{what} of {table} is missing on the source: {text}" for text in sorted(there - here)]
     return found
 
 
 def _shown(column: Column) -> str:
-    parts = [column.type, "NOT NULL" if column.not_null else "", f"DEFAULT {column.default}" if column.default else ""]
+    parts = [
+        column.type,
+        "NOT NULL" if column.not_null else "",
+        f"DEFAULT {column.default}" if column.default else "",
+    ]
     parts += ["IDENTITY" if column.identity else "", "GENERATED" if column.generated else ""]
     return " ".join(part for part in parts if part)

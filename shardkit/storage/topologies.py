@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from psycopg.types.json import Jsonb
 
-from ..core.topology import Topology
+from shardkit.core.topology import Topology
+
 from .connections import Connection
 
 READ_COPY = "SELECT document FROM shardkit.topology ORDER BY version DESC LIMIT 1"
@@ -41,4 +42,6 @@ def write_copy(connection: Connection, topology: Topology, shard_id: int) -> Non
     if newest is None:
         return
     connection.execute("DELETE FROM shardkit.topology WHERE version < %s", (topology.version,))
-    connection.execute("UPDATE shardkit.ownership SET bounds = %s::bigint[]", (topology.owned(shard_id).bounds(),))
+    connection.execute(
+        "UPDATE shardkit.ownership SET bounds = %s::bigint[]", (topology.owned(shard_id).bounds(),)
+    )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from psycopg.conninfo import make_conninfo
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError
 
-from ..core.errors import UsageError
+from shardkit.core.errors import UsageError
 
 _DRIVER = "postgresql+psycopg"
 
@@ -26,14 +26,16 @@ def sqlalchemy_url(url: str) -> URL:
         ) from error
     if parsed.get_backend_name() != "postgresql":
         raise UsageError(
-            f"Not a PostgreSQL URL: {redacted_url(parsed)}", hint="It looks like postgresql://user@host:5432/database."
+            f"Not a PostgreSQL URL: {redacted_url(parsed)}",
+            hint="It looks like postgresql://user@host:5432/database.",
         )
     return parsed.set(drivername=_DRIVER)
 
 
 def conninfo(url: str, **extra: str | int | None) -> str:
     """The libpq connection string of a URL, with further parameters."""
-    _, options = PGDialect_psycopg().create_connect_args(sqlalchemy_url(url))
+    dialect: Dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
+    _, options = dialect.create_connect_args(sqlalchemy_url(url))
     return make_conninfo("", **{**options, **extra})
 
 

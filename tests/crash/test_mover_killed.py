@@ -1,0 +1,84 @@
+"""The mover killed with SIGKILL at named points, under live writers: `resume` ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.fix_shards import FencedWriter, MakeShards, Shards, fill
+
+MOVER = """
+import sys
+from shardkit.rebalance.mover import Mover
+with Mover(sys.argv[1], patience=30.0) as mover:
+    if mover.catalog.running_job() is None:
+        mover.start("rebalance")
+    mover.run()
+"""
+
+USUAL = [
+    "change.proposed:1",
+    "copying.poll",
+    "purge.batch:2",
+    "cutting over.before decision",
+    "cutting over.before opening",
+    "copying.slot",
+]
+REST = [
+    "preparing.begin", "preparing.end", "copying.published", "copying.subscribed", "copying.begin", "copying.end",
+    "catching up.begin", "catching up.end", "verifying.begin", "verifying.end", "cutting over.begin",
+    "cutting over.end", "cut over.begin", "cut over.end", "purging.begin", "purging.end", "drop.subscription",
+    "drop.subscription:2", "drop.slot", "drop.slot:2", "change.proposed:2", "change.proposed:3", "change.decided:1",
+    "change.decided:2", "change.opened:1", "change.opened:2", "change.recorded:1", "change.recorded:2",
+    "change.recorded:3", "purge.batch:1",
+]  # fmt: skip
+
+
+def run_mover(shards: Shards, failpoint: str = "") -> int:
+    environment = {**os.environ, "SHARDKIT_FAILPOINT": failpoint}
+    done = subprocess.run(
+        [sys.executable, "-c", MOVER, shards.catalog_url],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if done.returncode not in (0, -signal.SIGKILL):
+        pytest.fail(done.stderr)
+    return done.returncode
+
+
+def killed_then_resumed(make_shards: MakeShards, failpoint: str) -> None:
+    users = 300
+    shards = make_shards(1)
+    fill(shards.on("s1"), users)
+    shards.add("s2", 1)
+    writers = [FencedWriter(shards, number, 2, users) for number in range(2)]
+    for writer in writers:
+        writer.start()
+    try:
+        assert run_mover(shards, failpoint) == -signal.SIGKILL, f"the mover never passed {failpoint}"
+        assert run_mover(shards) == 0
+    finally:
+        for writer in writers:
+            writer.ending.set()
+        for writer in writers:
+            writer.join()
+    for writer in writers:
+        writer.check()
+    shards.assert_clean()
+
+
+@pytest.mark.parametrize("failpoint", USUAL)
+def test_killed_at(make_shards: MakeShards, failpoint: str) -> None:
+    killed_then_resumed(make_shards, failpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failpoint", REST)
+def test_killed_at_every_other_point(make_shards: MakeShards, failpoint: str) -> None:
+    killed_then_resumed(make_shards, failpoint)
