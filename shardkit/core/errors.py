@@ -89,6 +89,15 @@ def _plain(value: Any) -> Any:
 # --- what the caller did -------------------------------------------------------------------------------------------
 
 
+class Unexpected(ShardkitError):
+    """Something happened that shardkit does not expect.
+
+    Please report it as a bug, with the traceback; every job can be resumed, and `shardkit status` shows where it is.
+    """
+
+    exit_code = EXIT_BUG
+
+
 class UsageError(ShardkitError):
     """The command or call was not used as it must be.
 
@@ -126,6 +135,13 @@ class Refused(ShardkitError):
     """shardkit refuses this, and nothing was changed.
 
     Remove the reason named above and try again.
+    """
+
+
+class NotConfirmed(Refused):
+    """The question was not answered with yes, so nothing was changed.
+
+    Run it again; `--yes` answers beforehand.
     """
 
 
@@ -359,6 +375,13 @@ class LeaseHeld(RetryLater):
     """Another mover is at work.
 
     Wait for it (`shardkit rebalance status`), or stop that process first.
+    """
+
+
+class MoverStopped(RetryLater):
+    """The mover was asked to stop, and the job stays where it is.
+
+    `shardkit rebalance resume` goes on from there; `shardkit rebalance abort` turns back.
     """
 
 

@@ -76,7 +76,11 @@ def _transfer(row: tuple[Any, ...]) -> TransferRow:
 
 def whoami() -> str:
     """The actor of the audit trail: user, host and process."""
-    return f"{getpass.getuser()}@{socket.gethostname()} pid {os.getpid()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()} pid {os.getpid()}"
 
 
 class Catalog:
@@ -136,6 +140,23 @@ class Catalog:
         )
         assert self.token is not None
         return self.token
+
+    def lease_holder(self) -> str | None:
+        """Who is at work now, as `whoami` named it; None if nobody is."""
+        found = value(
+            self.connection,
+            """
+            SELECT holder FROM shardkit.lease
+            WHERE EXISTS (
+                SELECT FROM pg_locks
+                WHERE locktype = 'advisory' AND granted AND objsubid = 1
+                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND classid::bigint << 32 | objid::bigint = %s
+            )
+            """,
+            (LEASE_LOCK,),
+        )
+        return None if found is None else str(found)
 
     def use_lease(self, token: int) -> Self:
         """Write under a lease that another connection of this process holds."""
