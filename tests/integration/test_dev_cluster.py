@@ -63,14 +63,15 @@ class Parent:
     """Another Python process that starts clusters."""
 
     def __init__(self, body: str, *, path: Path = CHECKOUT, **environment: str) -> None:
-        program = f"import os, sys\nfrom shardkit.dev import Cluster, Clusters, scratch\n{body}"
+        imports = "from shardkit.dev import Cluster, Clusters, scratch"
+        program = f"import os, sys\nsys.path.insert(0, {str(path)!r})\n{imports}\n{body}"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(path), **environment},
+            env={**os.environ, **environment},
             cwd="/",
         )
 
@@ -447,11 +448,11 @@ sys.stdin.read()
 # --- where it runs -----------------------------------------------------------------------------------------------
 
 ONE_QUERY = """
-import psycopg
+import psycopg, shardkit
 with Cluster() as cluster:
     psycopg.connect(cluster.conninfo()).close()
     psycopg.connect(cluster.url(), passfile=str(cluster.passfile)).close()
-    print(cluster.data_dir, cluster.socket_dir, sep="\\t", flush=True)
+    print(shardkit.__file__, cluster.data_dir, cluster.socket_dir, sep="\\t", flush=True)
 """
 
 
@@ -462,8 +463,9 @@ def test_odd_folders(new_parent: NewParent, tmp_path: Path, temporary: Path) -> 
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(CHECKOUT / "shardkit", checkout / "shardkit", ignore=ignore)
     parent = new_parent(ON_DISK + ONE_QUERY, path=checkout, TMPDIR=str(temporary))
-    data_dir, socket_dir = parent.paths()
+    module, data_dir, socket_dir = parent.paths()
     assert parent.end() == (0, "")
+    assert module.is_relative_to(checkout)
     assert data_dir.is_relative_to(temporary)
     assert not socket_dir.is_relative_to(temporary)
     assert list(temporary.iterdir()) == []
@@ -472,7 +474,7 @@ def test_odd_folders(new_parent: NewParent, tmp_path: Path, temporary: Path) -> 
 
 def test_a_plain_temporary_folder_holds_the_sockets_too(new_parent: NewParent, temporary: Path) -> None:
     parent = new_parent(ON_DISK + ONE_QUERY, TMPDIR=str(temporary))
-    assert all(path.is_relative_to(temporary) for path in parent.paths())
+    assert all(path.is_relative_to(temporary) for path in parent.paths()[1:])
     assert parent.end() == (0, "")
 
 
