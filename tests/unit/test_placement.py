@@ -1,0 +1,270 @@
+"""Placements by example: growing, draining, reweighting, and how few arcs come of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from shardkit.core.errors import TopologyInvalid, TopologyUnaligned, WeightInvalid
+from shardkit.core.keyrange import POSITION_MAX, SLOTS, ArcSet, slot_arc
+from shardkit.core.placement import Placement, Transfer, initial, plan, quotas
+from shardkit.core.topology import Topology
+
+
+def topology(*runs: tuple[int, int], ids: tuple[int, ...] = ()) -> Topology:
+    """A topology of (slots, owner) in ring order; ``ids`` are shards that own nothing."""
+    ends, end = [], 0
+    for count, _ in runs:
+        end += count
+        ends.append(slot_arc(0, end).last)
+    owners = tuple(owner for _, owner in runs)
+    return of(tuple(ends), owners, sorted({*owners, *ids}))
+
+
+def of(tokens: tuple[int, ...], owners: tuple[int, ...], ids: list[int]) -> Topology:
+    return Topology.first(1, [(i, f"shard-{i}", f"postgresql://db{i}/app", 100) for i in ids], tokens, owners)
+
+
+def runs(placement: Placement) -> list[tuple[int, int]]:
+    """(slots, owner) in ring order."""
+    starts = [0, *((token >> 48) + 32769 for token in placement.tokens)]
+    return [
+        (end - start, owner) for start, end, owner in zip(starts, starts[1:], placement.owners, strict=False)
+    ]
+
+
+def equal(count: int) -> dict[int, int]:
+    return dict.fromkeys(range(count), 100)
+
+
+def grown(count: int) -> Placement:
+    """What comes of adding shards of one weight one by one."""
+    placement = Placement((), *initial(equal(1)), 0, 0)
+    for shards in range(2, count + 1):
+        placement = plan(of(placement.tokens, placement.owners, list(range(shards))), equal(shards))
+    return placement
+
+
+# --- quotas ---------------------------------------------------------------------------------------------------------
+
+
+def test_quotas_are_shares_of_all_slots() -> None:
+    assert quotas({1: 100, 2: 300}, {}) == {1: 16384, 2: 49152}
+    assert quotas({5: 1}, {}) == {5: SLOTS}
+    assert quotas({1: 0, 2: 7}, {1: SLOTS}) == {1: 0, 2: SLOTS}
+
+
+def test_left_over_slots_stay_where_they_are() -> None:
+    # A third is 21,845 slots and a third of one: one slot is left over.
+    assert quotas({1: 1, 2: 1, 3: 1}, {}) == {1: 21846, 2: 21845, 3: 21845}
+    assert quotas({1: 1, 2: 1, 3: 1}, {1: 21845, 2: 21845, 3: 21846}) == {1: 21845, 2: 21845, 3: 21846}
+
+
+def test_left_over_slots_go_to_the_largest_remainders() -> None:
+    # Exact shares of the first two: 0.9 and 0.1 slots.
+    weights = {1: 9, 2: 1, 3: SLOTS * 10 - 10}
+    assert quotas(weights, {}) == {1: 1, 2: 0, 3: SLOTS - 1}
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_first_topology_gives_each_shard_one_arc() -> None:
+    assert initial({7: 1, 3: 1}) == ((-1, POSITION_MAX), (3, 7))
+
+
+def test_a_shard_without_a_slot_has_no_arc_in_a_first_topology() -> None:
+    assert initial({3: 0, 7: 1}) == ((POSITION_MAX,), (7,))
+
+
+def test_a_second_shard_takes_half() -> None:
+    placement = plan(topology((SLOTS, 0), ids=(1,)), {0: 1, 1: 1})
+    assert placement.transfers == (Transfer(0, 1, ArcSet([slot_arc(32768, 32768)])),)
+    assert (placement.tokens, placement.owners) == ((-1, POSITION_MAX), (0, 1))
+    assert (placement.slots_moved, placement.slots_minimum) == (32768, 32768)
+
+
+def test_a_third_shard_takes_from_two_neighbours_at_their_border() -> None:
+    placement = plan(topology((32768, 0), (32768, 1), ids=(2,)), {0: 1, 1: 1, 2: 1})
+    # The slots left over by rounding stay with who holds more; the newcomer gets 21,845.
+    assert runs(placement) == [(21846, 0), (21845, 2), (21845, 1)]
+    assert placement.transfers == (
+        Transfer(0, 2, ArcSet([slot_arc(21846, 10922)])),
+        Transfer(1, 2, ArcSet([slot_arc(32768, 10923)])),
+    )
+    assert placement.slots_moved == placement.slots_minimum == 21845
+
+
+def test_whole_arcs_that_add_up_are_given_uncut() -> None:
+    before = topology((20000, 0), (6000, 1), (10384, 0), (26768, 1), (2384, 0), ids=(2,))
+    placement = plan(before, {0: 20000, 1: 32768, 2: 12768})
+    assert runs(placement) == [(20000, 0), (6000, 1), (10384, 2), (26768, 1), (2384, 2)]
+
+
+def test_a_surplus_larger_than_any_arc_is_whole_arcs_and_one_cut() -> None:
+    before = topology((16384, 0), (16384, 1), (16384, 0), (16384, 1), ids=(2,))
+    placement = plan(before, {0: 12000, 1: 32768, 2: 20768})
+    assert runs(placement) == [(16384, 2), (16384, 1), (12000, 0), (4384, 2), (16384, 1)]
+
+
+def test_a_cut_is_made_next_to_the_receiver() -> None:
+    before = topology((30000, 0), (5536, 1), (30000, 0))
+    placement = plan(before, {0: 50000, 1: 15536})
+    assert runs(placement) == [(20000, 0), (15536, 1), (30000, 0)]
+
+
+def test_a_receiver_takes_from_both_sides() -> None:
+    before = topology((30000, 0), (5536, 1), (30000, 2))
+    placement = plan(before, {0: 25000, 1: 15536, 2: 25000})
+    assert runs(placement) == [(25000, 0), (15536, 1), (25000, 2)]
+
+
+def test_draining_a_shard_hands_all_of_it_on_and_moves_nothing_else() -> None:
+    before = topology((16384, 0), (16384, 1), (16384, 2), (16384, 3))
+    placement = plan(before, {0: 1, 1: 0, 2: 1, 3: 1})
+    assert {transfer.source for transfer in placement.transfers} == {1}
+    assert placement.slots_moved == placement.slots_minimum == 16384
+    assert runs(placement) == [(21846, 0), (5461, 3), (21845, 2), (16384, 3)]
+
+
+def test_draining_all_but_one_leaves_one_arc() -> None:
+    placement = plan(topology((16384, 0), (16384, 1), (16384, 2), (16384, 3)), {0: 0, 1: 0, 2: 5, 3: 0})
+    assert (placement.tokens, placement.owners) == ((POSITION_MAX,), (2,))
+    assert [transfer.source for transfer in placement.transfers] == [0, 1, 3]
+
+
+def test_reweighting_moves_the_difference() -> None:
+    placement = plan(topology((32768, 0), (32768, 1)), {0: 3, 1: 1})
+    assert runs(placement) == [(49152, 0), (16384, 1)]
+    assert placement.transfers == (Transfer(1, 0, ArcSet([slot_arc(32768, 16384)])),)
+
+
+def test_joining_draining_and_reweighting_at_once() -> None:
+    before = topology((16384, 0), (16384, 1), (16384, 2), (16384, 3), ids=(4, 5))
+    placement = plan(before, {0: 2, 1: 0, 2: 1, 3: 1, 4: 2, 5: 2})
+    slots = Counter[int]()
+    for count, owner in runs(placement):
+        slots[owner] += count
+    assert slots == {0: 16384, 2: 8192, 3: 8192, 4: 16384, 5: 16384}
+    assert placement.slots_moved == placement.slots_minimum == 32768
+
+
+def test_nothing_to_move_is_no_transfer() -> None:
+    before = topology((32768, 4), (32768, 9))
+    assert plan(before, {4: 7, 9: 7}) == Placement((), before.tokens, before.owners, 0, 0)
+
+
+def test_tokens_between_arcs_of_one_owner_stay_until_something_moves() -> None:
+    before = topology((100, 0), (32668, 0), (32768, 1))
+    assert plan(before, {0: 1, 1: 1}).tokens == before.tokens
+    assert runs(plan(before, {0: 0, 1: 1})) == [(SLOTS, 1)]
+
+
+# --- few arcs -------------------------------------------------------------------------------------------------------
+
+
+def test_growing_one_by_one_keeps_arcs_few_and_shards_even() -> None:
+    placement = grown(64)
+    slots = Counter[int]()
+    for count, owner in runs(placement):
+        slots[owner] += count
+    # 16.3 measured. Hashed tokens need 128 a shard for a worse balance.
+    assert len(placement.tokens) / 64 < 20
+    assert set(slots.values()) == {1024}
+
+
+def test_doubling_keeps_one_arc_a_shard() -> None:
+    tokens, owners = initial(equal(1))
+    for shards in (2, 4, 8, 16, 32, 64, 128):
+        placement = plan(of(tokens, owners, list(range(shards))), equal(shards))
+        tokens, owners = placement.tokens, placement.owners
+        assert len(tokens) == shards
+
+
+def test_draining_one_of_many_adds_about_one_arc_a_receiver() -> None:
+    before = grown(64)
+    placement = plan(of(before.tokens, before.owners, list(range(64))), equal(64) | {7: 0})
+    assert len(placement.tokens) <= len(before.tokens) + 63
+    assert len(placement.transfers) == 63
+
+
+def test_a_thousand_shards() -> None:
+    tokens, owners = initial(equal(1000))
+    placement = plan(of(tokens, owners, list(range(1001))), equal(1001))
+    assert placement.slots_moved == placement.slots_minimum == 65
+    # Two old shards give a slot each for a new arc.
+    assert len(placement.tokens) <= 1000 + 33
+
+
+def test_more_shards_than_slots_can_be_shared_by_remainder() -> None:
+    weights = dict.fromkeys(range(40000), 2) | dict.fromkeys(range(40000, 65536), 1)
+    quota = quotas(weights, {})
+    assert sum(quota.values()) == SLOTS
+    assert set(quota.values()) <= {0, 1, 2}
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "weights", [{0: 0, 1: 0}, {0: -1, 1: 2}, {0: 1.0, 1: 1}, {0: True, 1: 1}, {0: None, 1: 1}]
+)
+def test_weights_that_give_no_placement_are_refused(weights: dict[int, Any]) -> None:
+    before = topology((32768, 0), (32768, 1))
+    with pytest.raises(WeightInvalid):
+        plan(before, weights)
+    with pytest.raises(WeightInvalid):
+        initial(weights)
+
+
+def test_no_shard_is_no_placement() -> None:
+    with pytest.raises(WeightInvalid):
+        initial({})
+
+
+def test_every_shard_needs_a_weight() -> None:
+    with pytest.raises(WeightInvalid, match="shard-1") as refused:
+        plan(topology((32768, 0), (32768, 1)), {0: 1})
+    assert refused.value.fields == {"missing": ["shard-1"]}
+
+
+def test_a_weight_of_no_shard_is_refused() -> None:
+    with pytest.raises(WeightInvalid, match="id 9"):
+        plan(topology((SLOTS, 0)), {0: 1, 9: 1})
+
+
+@pytest.mark.parametrize("token", [0, 2**48, slot_arc(5).last - 1, slot_arc(5).last + 1])
+def test_a_token_inside_a_slot_is_refused(token: int) -> None:
+    with pytest.raises(TopologyUnaligned, match=str(token)):
+        plan(of((token, POSITION_MAX), (0, 1), [0, 1]), {0: 1, 1: 1})
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_document_of_a_placement() -> None:
+    placement = plan(topology((SLOTS, 0), ids=(1,)), {0: 1, 1: 1})
+    assert placement.to_json() == {
+        "transfers": [{"source": 0, "target": 1, "arcs": [[0, POSITION_MAX]]}],
+        "tokens": [-1, POSITION_MAX],
+        "owners": [0, 1],
+        "slots_moved": 32768,
+        "slots_minimum": 32768,
+    }
+
+
+@pytest.mark.parametrize("damage", ["transfers", "tokens", "owners", "slots_moved", "slots_minimum"])
+def test_a_document_that_lacks_something_is_refused(damage: str) -> None:
+    document = plan(topology((SLOTS, 0), ids=(1,)), {0: 1, 1: 1}).to_json()
+    del document[damage]
+    with pytest.raises(TopologyInvalid, match=damage):
+        Placement.from_json(document)
+
+
+def test_a_document_with_an_arc_that_is_none_is_refused() -> None:
+    document = plan(topology((SLOTS, 0), ids=(1,)), {0: 1, 1: 1}).to_json()
+    document["transfers"][0]["arcs"] = [[5, 4]]
+    with pytest.raises(TopologyInvalid, match="not an arc"):
+        Placement.from_json(document)
