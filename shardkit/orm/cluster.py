@@ -56,19 +56,12 @@ class ShardCluster:
         self.async_engines = Engines(catalog_url, cluster=cluster, options=engine_options, is_async=True)
         self.dialect: Dialect = create_engine(f"{DRIVER}://").dialect
         self.planner = Planner(self.dialect)
-        self._workers: ThreadPoolExecutor | None = None
+        self.workers = _workers()
 
     @property
     def topology(self) -> Topology:
         """The newest topology that this process has met."""
         return self.router.topology
-
-    @property
-    def workers(self) -> ThreadPoolExecutor:
-        """Threads in which a sync scatter waits for all shards but one."""
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(max_workers=64, thread_name_prefix="shardkit-scatter")
-        return self._workers
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
@@ -121,9 +114,8 @@ class ShardCluster:
     def dispose(self) -> None:
         """Close the pools of the sync engines and the threads."""
         self.engines.dispose()
-        if self._workers is not None:
-            self._workers.shutdown()
-            self._workers = None
+        self.workers.shutdown()
+        self.workers = _workers()
 
     async def adispose(self) -> None:
         """Close the pools of the async engines; in the event loop that used them."""
@@ -138,6 +130,11 @@ class ShardCluster:
     def __repr__(self) -> str:
         names = ", ".join(shard.name for shard in self.topology.shards)
         return f"<ShardCluster version {self.topology.version}: {names}>"
+
+
+def _workers() -> ThreadPoolExecutor:
+    """Threads in which a sync scatter waits for all shards but one; none runs before the first."""
+    return ThreadPoolExecutor(max_workers=64, thread_name_prefix="shardkit-scatter")
 
 
 def connect(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 
-from sqlalchemy import Table
+from sqlalchemy import FromClause, Table
 
 from shardkit.core.errors import DeclarationError, UnroutableQuery
 from shardkit.core.topology import ShardedTable, Topology
@@ -29,14 +28,13 @@ def declares(topology: Topology, tables: Iterable[ShardedTable]) -> bool:
     return True
 
 
-@lru_cache(maxsize=4096)
-def tables_of(table: Table) -> tuple[ShardedTable]:
+def declared_of(table: FromClause) -> ShardedTable:
     """What a mapped table declares; `UnroutableQuery` if it is not sharded."""
-    found = sharded_table(table)
+    found = sharded_table(table) if isinstance(table, Table) else None
     if found is None:
         raise UnroutableQuery(
-            f"Table {table.fullname} is not sharded.",
+            f"{table} is not a sharded table.",
             hint="Declare its key with @sharded(by=...).",
-            table=table.fullname,
+            table=str(table),
         )
-    return (found,)
+    return found

@@ -76,7 +76,9 @@ class Dispatch:
         # Connections are had here, one after the other: a session's transaction is not for several threads.
         connections = {shard_id: session.shards.connection(shard_id) for shard_id in route.shards}
         # Rows are merged when all have arrived, and a server-side cursor would be read by several threads.
-        options = {**options, "stream_results": False}
+        options = {
+            name: value for name, value in options.items() if name not in ("stream_results", "yield_per")
+        }
 
         def work(shard_id: int) -> _Work:
             part = route.shards[shard_id]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -23,8 +23,8 @@ from shardkit.storage.engines import Engines
 from shardkit.storage.scope import Mode
 
 from . import bulk
-from .declared import tables_of
 from .dispatch import Dispatch
+from .flush import mapped, provision_flush
 from .keys import instance_position
 from .routing import Plan, Route
 from .transaction import ShardTransaction
@@ -173,7 +173,7 @@ class ShardSession(Session):
 
     def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         at = instance_position(instance)
-        return self.provision_position(at, tables_of(inspect(instance).mapper.local_table))
+        return self.provision_position(at, mapped(inspect(instance).mapper).tables)
 
     @contextmanager
     def pinned(self, engine: Engine) -> Iterator[None]:
@@ -184,6 +184,18 @@ class ShardSession(Session):
                 yield
         finally:
             self._pinned = None
+
+    def bulk_save_objects(self, *_: Any, **__: Any) -> None:
+        """Refused: use ``add_all``, or ``execute(insert(Entity), rows)``."""
+        _refuse_legacy("bulk_save_objects")
+
+    def bulk_insert_mappings(self, *_: Any, **__: Any) -> None:
+        """Refused: use ``execute(insert(Entity), rows)``."""
+        _refuse_legacy("bulk_insert_mappings")
+
+    def bulk_update_mappings(self, *_: Any, **__: Any) -> None:
+        """Refused: use ``execute(update(Entity), rows)``."""
+        _refuse_legacy("bulk_update_mappings")
 
     # --- bulk ------------------------------------------------------------------------------------------------------
 
@@ -204,6 +216,18 @@ class ShardSession(Session):
         if bulk.is_bulk(statement, params):
             return bulk.execute(self, super().execute, statement, params, options).scalar()
         return super().scalar(statement, params, **options)
+
+
+def _refuse_legacy(name: str) -> NoReturn:
+    raise UnroutableQuery(
+        f"{name} is a legacy operation of SQLAlchemy that a session over shards does not have.",
+        hint="Use add_all(instances), or execute(insert(Entity), rows) and execute(update(Entity), rows).",
+    )
+
+
+@event.listens_for(ShardSession, "before_flush")
+def _before_flush(session: ShardSession, *_: Any) -> None:
+    provision_flush(session)
 
 
 @event.listens_for(ShardSession, "after_transaction_end")

@@ -63,6 +63,16 @@ class ShardTransaction:
         Raises `TopologyChanged`, `TopologyUnsettled`, `ShardUnreachable`, `UndeclaredTable`, and `CrossShardWrite`
         before any shard is opened for it.
         """
+        topology = self.topology
+        if topology is not None and declares(topology, tables) and self._holds_all(topology):
+            found = route(topology)
+            if self.scope.participants.keys() >= set(found.shards):
+                if writes:
+                    self._admit(found.shards, topology)
+                return found
+        return self._provision(route, tables, writes)
+
+    def _provision(self, route: Callable[[Topology], R], tables: Collection[ShardedTable], writes: bool) -> R:
         topology = self.topology or self._cluster.router.topology
         waiting = _Waiting(self._engines.pause, self._cluster.settle_seconds)
         while True:
@@ -83,6 +93,15 @@ class ShardTransaction:
             else:
                 self.topology = topology
                 return found
+
+    def _holds_all(self, topology: Topology) -> bool:
+        """Whether every shard that is open holds its fence of ``topology``; a rollback to a savepoint may have
+        released one."""
+        shards = topology.by_id
+        return all(
+            shard_id in shards and shards[shard_id].fence in participant.held
+            for shard_id, participant in self.scope.participants.items()
+        )
 
     def connection(self, shard_id: int) -> Connection:
         """The connection to a shard that is held, inside the innermost savepoint."""
@@ -131,6 +150,7 @@ class ShardTransaction:
             )
         self._run(_raw(participant).rollback())
         _raw(participant).left()
+        del self.scope.participants[participant.shard_id]
 
     def _hold_also(self, participant: Participant, shard: Shard, waiting: _Waiting) -> None:
         raw = _raw(participant)

@@ -35,6 +35,7 @@ from shardkit.core.errors import (
 from shardkit.core.ring import position
 
 from .guard import INERROR, Guard, GuardedAsyncConnection, GuardedConnection
+from .scope import Scope
 from .servers import VECTORS
 
 DRIVER = "postgresql+shardkit"
@@ -126,33 +127,20 @@ class _GuardedDialect(PGDialect_psycopg):
 
     def do_commit(self, dbapi_connection: Any) -> None:
         raw = dbapi_connection.driver_connection
-        scope = raw.scope
-        if scope is None or not raw.wrote:
+        if raw.ended:
+            raw.left()
+        elif raw.scope is None:
             self._run(raw.commit())
             raw.left()
-            return
-        if raw.pgconn.transaction_status == INERROR:
-            # The server would answer COMMIT with ROLLBACK, and the driver would not tell.
-            raise errors.InFailedSqlTransaction(
-                "a statement failed in this transaction: roll back, nothing is committed"
-            )
-        for reader in list(scope.participants.values()):
-            if not reader.wrote:
-                self._end_reader(cast(GuardedConnection, reader))
-        try:
-            self._commit_writer(raw)
-        except (psycopg.Error, CommitUnknown) as error:
-            if scope.committed:
-                raise PartlyCommitted(
-                    f"Committed on {', '.join(scope.committed)}, but not on {raw.shard_name}: {error}",
-                    committed=list(scope.committed),
-                    failed=raw.shard_name,
-                ) from error
-            raise
-        scope.committed.append(raw.shard_name)
-        raw.left()
+        elif not raw.wrote:
+            self._end_reader(raw)
+            raw.left()
+        else:
+            self._end_writer(dbapi_connection, raw, raw.scope)
 
     def _end_reader(self, reader: Any) -> None:
+        """COMMIT where nothing was written; `ShardUnreachable` if the shard was lost: what was read from it may not
+        be what was there."""
         try:
             self._run(reader.commit())
         except psycopg.OperationalError as error:
@@ -164,6 +152,32 @@ class _GuardedDialect(PGDialect_psycopg):
                 hint="Run the unit of work again.",
                 shard=reader.shard_name,
             ) from error
+        reader.ended = True
+
+    def _end_writer(self, dbapi_connection: Any, raw: Any, scope: Scope) -> None:
+        """Readers first: when one of them fails, nothing is committed. Then COMMIT."""
+        if raw.pgconn.transaction_status == INERROR:
+            # The server would answer COMMIT with ROLLBACK, and the driver would not tell.
+            raise errors.InFailedSqlTransaction(
+                "a statement failed in this transaction; nothing is committed"
+            )
+        try:
+            for reader in list(scope.participants.values()):
+                if not reader.wrote and not cast(GuardedConnection, reader).ended:
+                    self._end_reader(reader)
+            self._commit_writer(raw)
+        except (psycopg.Error, CommitUnknown, ShardUnreachable) as error:
+            if raw.closed:
+                dbapi_connection.invalidate(error)
+            if scope.committed:
+                raise PartlyCommitted(
+                    f"Committed on {', '.join(scope.committed)}, but not on {raw.shard_name}: {error}",
+                    committed=list(scope.committed),
+                    failed=raw.shard_name,
+                ) from error
+            raise
+        scope.committed.append(raw.shard_name)
+        raw.left()
 
     def _commit_writer(self, raw: Any) -> None:
         if raw.closed:
@@ -182,8 +196,13 @@ class _GuardedDialect(PGDialect_psycopg):
             ) from error
 
     def do_rollback(self, dbapi_connection: Any) -> None:
-        super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
-        dbapi_connection.driver_connection.left()
+        raw = dbapi_connection.driver_connection
+        if raw.closed:
+            # Nothing is left to roll back; the pool must not have it again.
+            dbapi_connection.invalidate()
+        else:
+            super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
+        raw.left()
 
     # --- the dialect's own questions -------------------------------------------------------------------------------
 

@@ -86,6 +86,8 @@ class _Guarded(BaseConnection[Any]):
     held: tuple[Fence, ...] = ()
     sent = False
     wrote = False
+    ended = False
+    """Whether COMMIT was sent before SQLAlchemy asked for it: readers end before the writer."""
     scope: Scope | None = None
     _doors = 0
 
@@ -204,7 +206,7 @@ class _Guarded(BaseConnection[Any]):
         """A transaction is open behind the fence."""
         self.shard_id, self.shard_name = guard.shard_id, guard.shard_name
         self.held = (guard.fence,)
-        self.sent = self.wrote = False
+        self.sent = self.wrote = self.ended = False
         self.scope = guard.scope
         guard.scope.participants[guard.shard_id] = self
 
@@ -212,7 +214,7 @@ class _Guarded(BaseConnection[Any]):
         """No transaction is open."""
         self.scope = None
         self.held = ()
-        self.sent = self.wrote = False
+        self.sent = self.wrote = self.ended = False
 
     def locked(self, guard: Guard) -> None:
         """One more fence is held."""

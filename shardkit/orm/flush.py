@@ -1,0 +1,82 @@
+"""A flush, before it begins: keys by default, and the shards that it will write held all at once.
+
+Driven by SQLAlchemy's ``before_flush``. What a flush writes is known only while it runs, as it hands keys from parents
+to children; but what is known already is provisioned here, so that a refusal comes before the first statement and a
+stale fence costs one new route. Instances whose key comes from a parent are left to the flush itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
+
+from shardkit.core.topology import ShardedTable, Topology
+
+from .declared import declared_of
+from .keys import fill_default_key, instance_position, key_column_of, shard_key_attribute
+
+if TYPE_CHECKING:
+    from .session import ShardSession
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """What a flush must know of a mapped class: its tables, its key, and the relationships that set the key."""
+
+    tables: tuple[ShardedTable, ...]
+    key: str
+    parents: tuple[str, ...]
+
+
+@lru_cache(maxsize=4096)
+def mapped(mapper: Mapper[Any]) -> Mapped:
+    """The facts of a mapped class; `DeclarationError` or `UnroutableQuery` if it is not sharded."""
+    tables = tuple(declared_of(table) for table in mapper.tables)
+    column = key_column_of(mapper)
+    parents = tuple(
+        relationship.key
+        for relationship in mapper.relationships
+        if relationship.direction is RelationshipDirection.MANYTOONE and column in relationship.local_columns
+    )
+    return Mapped(tables, shard_key_attribute(mapper), parents)
+
+
+@dataclass(frozen=True, slots=True)
+class _Several:
+    shards: frozenset[int]
+
+
+def provision_flush(session: ShardSession) -> None:
+    """Give new instances their default keys and hold every shard that is known to be written."""
+    positions: set[int] = set()
+    tables: set[ShardedTable] = set()
+    for instance, facts in _to_be_written(session):
+        positions.add(instance_position(instance))
+        tables.update(facts.tables)
+    if positions:
+
+        def route(topology: Topology) -> _Several:
+            return _Several(frozenset(map(topology.ring.owner_at, positions)))
+
+        session.shards.provision(route, tables=tables, writes=True)
+
+
+def _to_be_written(session: ShardSession) -> Iterator[tuple[object, Mapped]]:
+    for instance in session.new:
+        state: InstanceState[Any] = inspect(instance)
+        facts = mapped(state.mapper)
+        if any(state.dict.get(parent) is not None for parent in facts.parents):
+            continue
+        fill_default_key(instance)
+        if state.dict.get(facts.key) is not None:
+            yield instance, facts
+    for instance in session.deleted:
+        yield instance, mapped(inspect(instance).mapper)
+    for instance in session.dirty:
+        if session.is_modified(instance, include_collections=False):
+            yield instance, mapped(inspect(instance).mapper)
