@@ -127,7 +127,11 @@ class _Writer:
         self._shards = ShardConnections()
 
     def __enter__(self) -> tuple[Catalog, ShardConnections]:
-        self._catalog.take_lease()
+        try:
+            self._catalog.take_lease()
+        except BaseException:
+            self.__exit__()
+            raise
         return self._catalog, self._shards
 
     def __exit__(self, *exc: object) -> None:

@@ -127,10 +127,12 @@ class Mover:
                 raise
         for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):
             raise error
-        self._restore_identities()
-        phases = {row.phase for row in self.catalog.transfers(job.id)}
-        self.catalog.finish_job(job.id, "done" if Phase.DONE in phases else "aborted")
-        finished = self.catalog.latest_job()
+        # Not the connection that took the lease: the catalog's server may have restarted since.
+        with Catalog.open(self._catalog_url).use_lease(self._around.token) as catalog:
+            self._restore_identities(catalog)
+            phases = {row.phase for row in catalog.transfers(job.id)}
+            catalog.finish_job(job.id, "done" if Phase.DONE in phases else "aborted")
+            finished = catalog.latest_job()
         assert finished is not None
         return finished
 
@@ -187,8 +189,8 @@ class Mover:
         except _AWAY:
             return  # still away: the caller tries again until its patience ends
 
-    def _restore_identities(self) -> None:
-        topology = self.catalog.current()
+    def _restore_identities(self, catalog: Catalog) -> None:
+        topology = catalog.current()
         if topology is None:
             raise TopologyInvalid("The catalog lost its topology.")
         with ShardConnections() as shards:

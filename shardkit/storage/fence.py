@@ -99,7 +99,10 @@ SELECT a.pid, x.gid, coalesce(a.usename, x.owner), a.application_name,
 FROM pg_locks l
 JOIN pg_class c ON c.oid = l.relation AND c.relnamespace = 'shardkit'::regnamespace AND c.relname ~ '^fence_\d+_'
 LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-LEFT JOIN pg_prepared_xacts x ON l.pid IS NULL AND l.virtualtransaction = '-1/' || x.transaction::text
+-- A prepared transaction has no process; its lock on its own number says which it is.
+LEFT JOIN pg_locks t ON l.pid IS NULL AND t.pid IS NULL AND t.locktype = 'transactionid'
+    AND t.virtualtransaction = l.virtualtransaction
+LEFT JOIN pg_prepared_xacts x ON x.transaction = t.transactionid
 WHERE l.locktype = 'relation' AND l.granted
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND l.pid IS DISTINCT FROM pg_backend_pid()
