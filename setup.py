@@ -6,7 +6,6 @@ The extension is optional: where it cannot be compiled the build goes on, and sh
 import sys
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
@@ -17,6 +16,7 @@ if (HERE / "migrations").is_dir():
     packages.append("shardkit._migrations")
     package_dir["shardkit._migrations"] = "migrations"
 
+# No cythonize(), which forgets `optional`: setuptools compiles a .pyx itself where Cython is installed.
 # -O3 for the vectorised loops; distribution builds of Python often say -O2.
 ring = Extension(
     "shardkit._ring",
@@ -28,5 +28,5 @@ ring = Extension(
 setup(
     packages=packages,
     package_dir=package_dir,
-    ext_modules=cythonize([ring], language_level=3),
+    ext_modules=[ring],
 )
