@@ -14,6 +14,7 @@ from psycopg import sql
 
 from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable, Topology
+from shardkit.dev import Cluster
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage import fence, membership
@@ -59,9 +60,9 @@ class Shards:
     schema: str = SCHEMA
     _open: dict[str, Connection] = field(default_factory=dict)
 
-    def add(self, name: str, server_index: int) -> Topology:
-        """One more shard, on a new database of a server; it owns nothing yet unless it is the first."""
-        url = self.fresh_database(server_index)
+    def add(self, name: str, server: int | Cluster) -> Topology:
+        """One more shard, on a new database of a pool's or an own server; it owns nothing yet unless it is the first."""
+        url = self.fresh_database(server) if isinstance(server, int) else server.create_database("app")
         self._open[name] = connect(url)
         self._open[name].execute(self.schema)
         with self.writer() as (catalog, shards):
@@ -81,9 +82,18 @@ class Shards:
 
     def on(self, name: str) -> Connection:
         """A connection to a shard, unguarded."""
-        if self._open[name].closed:
+        if self._lost(name):
             self._open[name] = connect(self.topology().named(name).url)
         return self._open[name]
+
+    def _lost(self, name: str) -> bool:
+        """Whether the connection is gone: its server may have been killed since it was last used."""
+        try:
+            self._open[name].execute("SELECT 1")
+        except psycopg.OperationalError:
+            self._open[name].close()
+            return True
+        return False
 
     def move(self, **options: Any) -> Job:
         """Make a job and carry it out."""
@@ -148,8 +158,8 @@ def make_shards(fresh_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(ALLOW_FSYNC_OFF, "1")
     made: list[Shards] = []
 
-    def make(number: int, **options: Any) -> Shards:
-        catalog_url = fresh_database(0)
+    def make(number: int, catalog_server: Cluster | None = None, **options: Any) -> Shards:
+        catalog_url = catalog_server.create_database("catalog") if catalog_server else fresh_database(0)
         membership.initialise(catalog_url)
         shards = Shards(catalog_url, fresh_database, **options)
         made.append(shards)

@@ -33,6 +33,8 @@ POLL = 0.1
 """Seconds between two looks at a copy that runs."""
 SMALL_LAG = 0.5
 """Seconds in which the target must have applied everything before rows are compared."""
+REVIVALS = 5
+"""So many times in a row a subscription that stopped is enabled again."""
 _DDL = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
 
 
@@ -76,6 +78,8 @@ class TransferRun:
             row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener
         )
         self._verifier: Verifier | None = None
+        self._revivals = 0
+        self._ready = 0
         self._actions: dict[Action, Callable[[], Event]] = {
             Action.START: lambda: Event.STARTED,
             Action.PREPARE: self._prepare,
@@ -265,7 +269,6 @@ class TransferRun:
 
     def _subscribe(self) -> None:
         if replication.subscription_exists(self.target, self.name):
-            replication.set_enabled(self.target, self.name, True)
             return
         with transaction(self.source, *change.OPENING):
             change.claim(self.source, self.around.token)
@@ -298,19 +301,34 @@ class TransferRun:
             self.around.pause(POLL)
 
     def _copy_state(self) -> replication.CopyState:
+        """The state of a subscription that runs, or runs again.
+
+        The server disables it on any error, a lost connection to the source included; one that stops again and again
+        without a table more being ready has met a row it cannot take.
+        """
         state = replication.copy_state(self.target, self.name)
-        if state is None or not state.enabled:
+        if state is None:
             raise ReplicationFailed(
-                f"The subscription {self.name} on shard {self.target_shard.name} has stopped on an error.",
-                shard=self.target_shard.name,
-                errors=state.errors if state else None,
+                f"The subscription {self.name} on shard {self.target_shard.name} is gone."
             )
+        if state.enabled:
+            return state
+        if state.ready > self._ready:
+            self._ready, self._revivals = state.ready, 0
+        self._revivals += 1
+        if self._revivals > REVIVALS:
+            raise ReplicationFailed(
+                f"The subscription {self.name} on shard {self.target_shard.name} stops on an error again and again.",
+                shard=self.target_shard.name,
+                errors=state.errors,
+            )
+        self.around.pause(0.1 * self._revivals)
+        replication.set_enabled(self.target, self.name, True)
         return state
 
     def _catch_up(self) -> Event:
         if not self._same_servers():
             return Event.SERVER_CHANGED
-        replication.set_enabled(self.target, self.name, True)
         while self._wait_replayed() > SMALL_LAG:
             self.around.pause(0)
         return Event.CAUGHT_UP

@@ -15,9 +15,11 @@ from shardkit.core.errors import (
     MoveWaiting,
     NothingToDo,
     PreflightFailed,
+    ReplicationFailed,
     VerificationFailed,
 )
 from shardkit.core.move import Phase
+from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.progress import Progress
@@ -226,6 +228,27 @@ def test_a_difference_planted_after_the_verification_is_found_in_the_cutover(mak
     with pytest.raises(VerificationFailed, match=r"public.users id="):
         shards.move(listener=plant)
     assert not shards.topology().owned(1)
+
+
+def test_a_row_in_the_way_of_the_copy_stops_it_with_a_reason(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    planted: list[int] = []
+
+    def plant(progress: Progress) -> None:
+        if progress.phase is Phase.COPYING and not planted:
+            with Catalog.open(shards.catalog_url) as catalog:
+                arcs = catalog.transfers(progress.transfer)[0].arcs
+            planted.append(next(key for key in range(1, 100) if position(key) in arcs))
+            shards.on("s2").execute("INSERT INTO public.users VALUES (%s, 'in the way')", planted)
+
+    with pytest.raises(ReplicationFailed, match="again and again"):
+        shards.move(listener=plant)
+    assert phases(shards) == [Phase.COPYING]
+    shards.on("s2").execute("SET session_replication_role = replica")
+    shards.on("s2").execute("DELETE FROM public.users WHERE id = %s", planted)
+    shards.resume()
+    shards.assert_clean()
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
