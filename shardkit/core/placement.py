@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .allocation import Run, append, dealt, given_away
+from .documents import listed, whole
 from .errors import TopologyInvalid, TopologyUnaligned, WeightInvalid
 from .keyrange import SLOT_BITS, SLOTS, Arc, ArcSet, slot_arc, slot_of
 from .topology import Topology
@@ -63,15 +64,16 @@ class Placement:
         """The placement of a document made by `to_json`; `TopologyInvalid` if it is none."""
         try:
             transfers = tuple(
-                Transfer(t["source"], t["target"], ArcSet(Arc(first, last) for first, last in t["arcs"]))
-                for t in document["transfers"]
+                Transfer(
+                    whole(entry["source"]),
+                    whole(entry["target"]),
+                    ArcSet(Arc(whole(first), whole(last)) for first, last in listed(entry["arcs"])),
+                )
+                for entry in listed(document["transfers"])
             )
+            tokens, owners = (tuple(map(whole, listed(document[name]))) for name in ("tokens", "owners"))
             return cls(
-                transfers,
-                tuple(document["tokens"]),
-                tuple(document["owners"]),
-                document["slots_moved"],
-                document["slots_minimum"],
+                transfers, tokens, owners, whole(document["slots_moved"]), whole(document["slots_minimum"])
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no placement document: {error!r}.") from error

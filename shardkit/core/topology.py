@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
+from .documents import listed, text, whole
 from .errors import NoSuchShard, TopologyInvalid
 from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
 from .ring import Ring
@@ -301,23 +302,30 @@ class Topology:
         try:
             shards = tuple(
                 Shard(
-                    entry["id"],
-                    entry["name"],
-                    entry["url"],
-                    Fence(*entry["fence"]),
-                    entry["weight"],
-                    ArcSet(Arc(first, last) for first, last in entry["in_transit"]),
+                    whole(entry["id"]),
+                    text(entry["name"]),
+                    text(entry["url"]),
+                    _fence(*listed(entry["fence"])),
+                    whole(entry["weight"]),
+                    ArcSet(Arc(whole(first), whole(last)) for first, last in listed(entry["in_transit"])),
                 )
-                for entry in document["shards"]
+                for entry in listed(document["shards"])
             )
-            tables = tuple(ShardedTable(*entry) for entry in document["tables"])
-            if not {table.key_type for table in tables} <= set(KEY_TYPES):
-                raise ValueError("unknown key type")
-            return cls(
-                document["version"], shards, tuple(document["tokens"]), tuple(document["owners"]), tables
-            )
+            tables = tuple(_table(*map(text, listed(entry))) for entry in listed(document["tables"]))
+            tokens, owners = (tuple(map(whole, listed(document[name]))) for name in ("tokens", "owners"))
+            return cls(whole(document["version"]), shards, tokens, owners, tables)
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
+
+
+def _fence(version: Any, digest: Any) -> Fence:
+    return Fence(whole(version), text(digest))
+
+
+def _table(schema: str, name: str, key: str, key_type: str) -> ShardedTable:
+    if key_type not in KEY_TYPES:
+        raise ValueError(f"no type of key: {key_type!r}")
+    return ShardedTable(schema, name, key, key_type)
 
 
 def _canonical(document: Mapping[str, Any]) -> str:
