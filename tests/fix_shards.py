@@ -61,7 +61,7 @@ class Shards:
     _open: dict[str, Connection] = field(default_factory=dict)
 
     def add(self, name: str, server: int | Cluster) -> Topology:
-        """One more shard, on a new database of a pool's or an own server; it owns nothing yet unless it is the first."""
+        """One more shard, on a new database of a server; it owns nothing yet unless it is the first."""
         url = self.fresh_database(server) if isinstance(server, int) else server.create_database("app")
         self._open[name] = connect(url)
         self._open[name].execute(self.schema)
