@@ -13,7 +13,7 @@ from tests.sharded import ShardedCluster
 
 @pytest.fixture(scope="session")
 def _sharded(servers: Clusters) -> Iterator[ShardedCluster]:
-    names = ["session_catalog", "session_s0", "session_s1"]
+    names = ["session_catalog", "session_s0", "session_s1", "session_s2"]
     urls = [servers[number % len(servers)].create_database(name) for number, name in enumerate(names)]
     cluster = ShardedCluster(urls[0], urls[1:])
     yield cluster
@@ -22,7 +22,7 @@ def _sharded(servers: Clusters) -> Iterator[ShardedCluster]:
 
 @pytest.fixture
 def sharded(_sharded: ShardedCluster) -> ShardedCluster:
-    """Two shards, s0 and s1, with the tables of `tests.sharded`, empty. The topology is what other tests left."""
+    """Three shards, s0 to s2, with the tables of `tests.sharded`, empty. The topology is what other tests left."""
     _sharded.truncate()
     return _sharded
 

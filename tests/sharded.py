@@ -6,7 +6,8 @@ decision. The fences, copies and versions are what a real move leaves behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -195,3 +196,12 @@ def _of(before: Topology | None) -> Topology:
 
 def _parents_first(topology: Topology) -> list[Any]:
     return sorted(topology.tables, key=lambda table: ["users", "posts"].index(table.name))
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    """The first true value of ``condition``; fails when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.005)
+    return found
