@@ -43,6 +43,12 @@ cdef extern from *:
     """
     #include <structmember.h>  /* PyMemberDef, before Python 3.12 */
 
+    /* Constants the compiler sees, as Cython's own module variables are not. */
+    #define SHARDKIT_SIGN ((uint64_t)1 << 63)
+    #define SHARDKIT_IN_SLOT (((uint64_t)1 << 48) - 1)
+    #define SHARDKIT_WHOLE ((uint32_t)1 << 31)
+    #define SHARDKIT_GOLDEN ((uint32_t)(0x9E3779B9u + 3923095u))
+
     #if defined(__GNUC__)
     #define shardkit_prefetch(address) __builtin_prefetch(address)
     #else
@@ -69,6 +75,10 @@ cdef extern from *:
     #endif
     }
     """
+    const uint64_t SIGN "SHARDKIT_SIGN"
+    const uint64_t IN_SLOT "SHARDKIT_IN_SLOT"
+    const uint32_t WHOLE "SHARDKIT_WHOLE"
+    const uint32_t GOLDEN "SHARDKIT_GOLDEN"
     void shardkit_prefetch(const void *address) noexcept nogil
     Py_ssize_t shardkit_slot_offset(object descriptor) noexcept
     bint shardkit_16_bytes(PyObject *number, uint8_t *data) noexcept
@@ -82,14 +92,9 @@ cdef extern from "Python.h":
 ctypedef const uint8_t *bytes_at
 
 cdef enum:
-    BLOCK = 512
+    BLOCK = 256
     AHEAD = 16
     SCAN = 8
-
-cdef uint64_t SIGN = <uint64_t>1 << 63
-cdef uint64_t IN_SLOT = (<uint64_t>1 << 48) - 1
-cdef uint32_t WHOLE = <uint32_t>1 << 31
-cdef uint32_t GOLDEN = <uint32_t>(0x9E3779B9 + 3923095)
 
 cdef array NO_POSITIONS = new_array("q")
 cdef array NO_OWNERS = new_array("H")
@@ -353,7 +358,8 @@ cdef class Ring:
         for slot in range(65536):
             while self.ends[i] >> 48 < <uint64_t>slot:
                 i += 1
-            self.slots[slot] = self.numbers[i]
+            # By the top bits of the position as it is, so that a lookup need not flip the sign.
+            self.slots[slot ^ 0x8000] = self.numbers[i]
         return 0
 
     cdef int fill_buckets(self) except -1:
@@ -378,7 +384,7 @@ cdef class Ring:
 
     cdef inline uint16_t at(self, uint64_t position) noexcept nogil:
         if self.slots != NULL:
-            return self.slots[(position ^ SIGN) >> 48]
+            return self.slots[position >> 48]
         return self.at_bucket(position ^ SIGN)
 
     cdef inline uint16_t at_bucket(self, uint64_t place) noexcept nogil:
@@ -453,7 +459,7 @@ cdef class Ring:
             values = ints.block(start, size, spare)
             if self.slots != NULL:
                 for i in range(size):
-                    slot[i] = <uint16_t>((hash_int(values[i]) ^ SIGN) >> 48)
+                    slot[i] = <uint16_t>(hash_int(values[i]) >> 48)
                 for i in range(size):
                     out[start + i] = self.slots[slot[i]]
             else:
