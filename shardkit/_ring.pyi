@@ -1,6 +1,6 @@
 from array import array
 from collections.abc import Iterable
-from typing import Any, SupportsIndex, final
+from typing import Any, Self, SupportsIndex, final
 from uuid import UUID
 
 def position(key: int | str | UUID, /) -> int: ...
@@ -9,7 +9,7 @@ def positions(keys: Iterable[int | str | UUID], /) -> array[int]: ...
 @final
 class Ring:
     __iter__: None
-    def __init__(self, tokens: Iterable[SupportsIndex], owners: Iterable[SupportsIndex]) -> None: ...
+    def __new__(cls, tokens: Iterable[SupportsIndex], owners: Iterable[SupportsIndex]) -> Self: ...
     @property
     def tokens(self) -> tuple[int, ...]: ...
     @property
