@@ -1,0 +1,176 @@
+"""The verdict: from what clients, mover and end check left to the checks and numbers of the report. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardkit.core.keyrange import SLOT_BITS, SLOTS
+from shardkit.core.move import Phase
+from shardkit.core.placement import quotas
+from shardkit.core.topology import Topology
+from shardkit.storage.catalog import TransferRow
+
+from .findings import Findings
+from .measures import Measures, by_phase
+from .report import Check, Report, Rows, TransferReport
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """What a client tells at its end: numbers, and the first few in words."""
+
+    operations: int
+    errors: int
+    described: list[str]
+    stale: int
+    stale_described: list[str]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A mover that was to be killed at a point: whether it was, and the phases in which it left its transfers."""
+
+    point: str
+    as_asked: bool
+    found: str
+
+
+@dataclass(frozen=True)
+class Move:
+    """What is known of the move when it is over; ``status`` and ``output`` are those of the last mover."""
+
+    before: Topology
+    after: Topology
+    rows_before: Rows
+    transfers: list[TransferRow]
+    status: int
+    output: str
+    kills: list[Kill]
+
+    @property
+    def positions_moved(self) -> int:
+        """Positions that another shard owns now."""
+        return sum((self.before.owned(one.id) - self.after.owned(one.id)).width for one in self.before.shards)
+
+    @property
+    def positions_minimum(self) -> int:
+        """The least that had to move: what the shards held above their quota."""
+        held = {shard.id: self.before.owned(shard.id).width >> SLOT_BITS for shard in self.before.shards}
+        wanted = quotas({shard.id: shard.weight for shard in self.after.shards}, held)
+        return sum(max(0, slots - wanted[shard_id]) for shard_id, slots in held.items()) << SLOT_BITS
+
+    @property
+    def unevenness(self) -> float:
+        """Slots by which the shard that is farthest from its exact share misses it."""
+        total = sum(shard.weight for shard in self.after.shards)
+        return max(
+            abs(self.after.owned(shard.id).width / (1 << SLOT_BITS) - SLOTS * shard.weight / total)
+            for shard in self.after.shards
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that was found."""
+
+    clients: Sequence[ClientReport]
+    measures: Sequence[Measures]
+    phases: Mapping[str, tuple[float, float]]
+    move: Move
+    writes: int
+    findings: Findings
+    leftovers: list[str]
+    rows_after: Rows
+
+    def counts(self) -> dict[str, int]:
+        """The numbers that must be 0."""
+        found = self.findings
+        return {
+            "errors": sum(client.errors for client in self.clients),
+            "lost": len(found.lost),
+            "doubled": len(found.doubled),
+            "stale": len(found.stale) + sum(client.stale for client in self.clients),
+            "unwritten": len(found.unwritten),
+            "misplaced": len(found.misplaced),
+            "left_over": len(self.leftovers),
+        }
+
+    def problems(self) -> dict[str, list[str]]:
+        """The same in words."""
+        found = self.findings
+        return {
+            "errors": [text for client in self.clients for text in client.described],
+            "lost": found.lost,
+            "doubled": found.doubled,
+            "stale": found.stale + [text for client in self.clients for text in client.stale_described],
+            "unwritten": found.unwritten,
+            "misplaced": found.misplaced,
+            "left_over": self.leftovers,
+        }
+
+    def checks(self) -> tuple[Check, ...]:
+        """Every promise that was looked at."""
+        counts, move = self.counts(), self.move
+        sentences = {
+            "errors": "clients saw no error",
+            "lost": "no acknowledged write is lost",
+            "doubled": "no row is on two shards",
+            "stale": "nothing stale was read or is stored",
+            "unwritten": "no row is there that nobody wrote",
+            "misplaced": "every row is on the shard that owns its key",
+            "left_over": "the move left nothing behind",
+        }
+        checks = [Check(sentence, not counts[kind], f"{counts[kind]:,}") for kind, sentence in sentences.items()]
+        unfinished = [row.phase for row in move.transfers if row.phase is not Phase.DONE]
+        finished = move.status == 0 and bool(move.transfers) and not unfinished
+        moved, minimum = move.positions_moved, move.positions_minimum
+        return (
+            *checks,
+            Check("every client worked in every phase", self._all_worked()),
+            Check("the mover ended well", finished, "" if finished else f"status {move.status}: {move.output}"),
+            Check("moved keys are the theoretical minimum", moved == minimum, f"{moved:,} of {minimum:,} positions"),
+            Check("the ring is even", move.unevenness < 1, f"within {move.unevenness:.2f} of a slot"),
+            *(Check(f"a mover was killed in mid-{kill.point}", kill.as_asked, kill.found) for kill in move.kills),
+        )
+
+    def _all_worked(self) -> bool:
+        complete = len(self.measures) == len(self.clients)
+        return complete and all(one.durations(*span) for one in self.measures for span in self.phases.values())
+
+    def report(self, options: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
+        """The report of a demo that was run with these options and took these times."""
+        move = self.move
+        names = {shard.id: shard.name for shard in move.after.shards}
+        return Report(
+            options=options,
+            operations=sum(client.operations for client in self.clients),
+            writes=self.writes,
+            rows_checked=self.findings.rows,
+            counts=self.counts(),
+            problems=self.problems(),
+            topology_before=move.before,
+            topology_after=move.after,
+            rows_before=move.rows_before,
+            rows_after=self.rows_after,
+            positions_moved=move.positions_moved,
+            positions_minimum=move.positions_minimum,
+            latency=by_phase(self.measures, self.phases),
+            transfers=tuple(_transfer(row, names) for row in move.transfers),
+            kills=tuple(kill.point for kill in move.kills),
+            seconds=seconds,
+            checks=self.checks(),
+        )
+
+
+def _transfer(row: TransferRow, names: Mapping[int, str]) -> TransferReport:
+    record = row.record
+    return TransferReport(
+        names[row.source],
+        names[row.target],
+        row.phase.value,
+        sum(record.get("certificate", {}).get("rows", {}).values()),
+        record.get("copy_seconds", 0.0),
+        record.get("pause_ms", {}),
+    )
