@@ -1,1 +1,5 @@
 """The commands: one small module a noun; parse, call, render."""
+
+from .app import main
+
+__all__ = ["main"]

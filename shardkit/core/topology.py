@@ -23,7 +23,8 @@ from .ring import Ring
 KeyType = Literal["int", "text", "uuid"]
 KEY_TYPES: tuple[KeyType, ...] = ("int", "text", "uuid")
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+"""What can be the name of a shard."""
 _DIGEST = re.compile(r"[0-9a-f]{8}")
 
 
@@ -100,7 +101,7 @@ class Topology:
             return "two shards share an id or a name"
         if any(not 0 <= shard_id <= 0xFFFF for shard_id in ids):
             return "a shard id is not within 0 to 65535"
-        if bad := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
+        if bad := [name for name in names if not SHARD_NAME.fullmatch(name)]:
             return f"not a shard name: {bad[0]!r} (letters, digits, '_', '.', '-', 63 at most)"
         if bad_fence := [
             s.name for s in self.shards if not _DIGEST.fullmatch(s.fence.digest) or s.fence.version < 1

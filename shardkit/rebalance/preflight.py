@@ -21,13 +21,15 @@ def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnect
     here, there = shards.get(source), shards.get(target)
     reasons: list[str] = []
     for shard, connection in ((source, here), (target, there)):
-        reasons += [f"shard {shard.name}: {reason}" for reason in _server(connection)]
+        reasons += [f"shard {shard.name}: {reason}" for reason in server_problems(connection)]
     reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
     reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
     for table in topology.tables:
         reasons += _table(table, here, there, source, target)
     if not topology.tables:
-        reasons.append("no table is declared, so nothing would be carried: declare the sharded tables first")
+        reasons.append(
+            "no table is declared, so nothing would be carried (`shardkit schema declare MODULE:ATTR` declares them)"
+        )
     if not reasons:
         reasons += _reachable(here, there, source, target)
     if reasons:
@@ -38,7 +40,8 @@ def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnect
         )
 
 
-def _server(connection: Connection) -> list[str]:
+def server_problems(connection: Connection) -> list[str]:
+    """Why no row can move to or from this server with this role; empty if rows can."""
     reasons = []
     try:
         servers.check_server(connection)

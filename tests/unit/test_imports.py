@@ -23,9 +23,11 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"schema", *_MIDDLE, "_migrations"},
     "dev": {"dev", *_TOP},
     "cli": {"cli", "dev", *_TOP},
+    "__main__": {"cli"},
     "shardkit": {"orm", "core"},
 }
-"""What each package may import of the others; "shardkit" is the file that re-exports what an application needs."""
+"""What each package may import of the others; "shardkit" is the file that re-exports what an application needs, and
+"__main__" the one that is `python -m shardkit`."""
 
 NOT_PURE = {
     "asyncio",

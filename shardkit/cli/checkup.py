@@ -1,0 +1,323 @@
+"""The doctor's examination: looks at the catalog and every shard, and judges. Changes nothing, prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import psycopg
+
+from shardkit.core.errors import ShardUnreachable
+from shardkit.core.move import FINAL
+from shardkit.core.placement import plan
+from shardkit.core.topology import Shard, Topology
+from shardkit.rebalance import preflight
+from shardkit.rebalance.mover import weights_of
+from shardkit.storage import fence, migrate, tables
+from shardkit.storage.catalog import Catalog
+from shardkit.storage.connections import Connection, value
+from shardkit.storage.urls import redacted
+
+from . import jobs
+from .leftovers import leftovers
+from .reach import reach
+
+CATALOG = "catalog"
+RESUME = "`shardkit rebalance resume` settles it."
+
+
+class Level(StrEnum):
+    """How a finding is judged."""
+
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "PROBLEM"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check of a shard, or of the catalog, found; ``next`` is what to do about it."""
+
+    subject: str
+    check: str
+    level: Level
+    detail: str
+    next: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding for ``--json``: ``subject``, ``check``, ``level`` (ok, note, problem), ``detail``, ``next``."""
+        return {
+            "subject": self.subject,
+            "check": self.check,
+            "level": self.level.value.lower(),
+            "detail": self.detail,
+            "next": self.next,
+        }
+
+
+@dataclass(frozen=True)
+class View:
+    """A shard under examination, what the catalog says of it, and another shard to compare tables with."""
+
+    catalog: Catalog
+    topology: Topology
+    shard: Shard
+    connection: Connection
+    pattern: Connection
+    running: frozenset[int]
+    """Ids of the transfers that are not at their end."""
+    at_work: bool
+    """Whether a mover is at work, so that things may change under the examination."""
+
+    def ok(self, check: str, detail: str) -> Finding:
+        """All is well."""
+        return Finding(self.shard.name, check, Level.OK, detail)
+
+    def problem(self, check: str, detail: str, todo: str) -> Finding:
+        """Something is wrong."""
+        return Finding(self.shard.name, check, Level.PROBLEM, detail, todo)
+
+
+def examine(catalog_url: str) -> list[Finding]:
+    """Every finding: of the catalog first, then of each shard."""
+    with Catalog.open(catalog_url, application="shardkit doctor") as catalog:
+        findings = list(_catalog(catalog))
+        topology = catalog.current()
+        if topology is None:
+            return findings
+        job = catalog.running_job()
+        running = frozenset(
+            row.id for row in (catalog.transfers(job.id) if job is not None else ()) if row.phase not in FINAL
+        )
+        at_work = catalog.lease_holder() is not None
+        with reach(topology.shards, "shardkit doctor") as reached:
+            answering = [each for each in reached.values() if not isinstance(each, ShardUnreachable)]
+            for shard in topology.shards:
+                connection = reached[shard.id]
+                if isinstance(connection, ShardUnreachable):
+                    findings.append(
+                        Finding(shard.name, "reachable", Level.PROBLEM, connection.message, connection.hint)
+                    )
+                    continue
+                view = View(catalog, topology, shard, connection, answering[0], running, at_work)
+                findings += _examine_shard(view)
+        return findings
+
+
+def _examine_shard(view: View) -> Iterator[Finding]:
+    yield view.ok("reachable", redacted(view.shard.url))
+    for name, check in CHECKS:
+        try:
+            yield from check(view)
+        except psycopg.Error as error:
+            text = error.diag.message_primary or " ".join(str(error).split())
+            yield view.problem(name, text, "Look at the shard's database: it is not as shardkit made it.")
+
+
+# --- the catalog ---------------------------------------------------------------------------------------------------
+
+
+def _catalog(catalog: Catalog) -> Iterator[Finding]:
+    topology = catalog.current()
+    version = f"topology {topology.version}" if topology is not None else "no shard yet"
+    yield Finding(
+        CATALOG, "reachable", Level.OK, f"{redacted(catalog.url)}, cluster {catalog.cluster_id()}, {version}"
+    )
+    if migrate.pending(catalog.url, "catalog"):
+        yield Finding(
+            CATALOG, "schema", Level.PROBLEM, "its tables are of an older shardkit", "`shardkit init`"
+        )
+    else:
+        yield Finding(CATALOG, "schema", Level.OK, "up to date")
+    yield _pending(catalog)
+    yield _job(catalog)
+    if topology is not None:
+        yield from _declared(topology)
+        yield _shares(catalog, topology)
+
+
+def _pending(catalog: Catalog) -> Finding:
+    proposal = catalog.proposed()
+    if proposal is None:
+        return Finding(CATALOG, "change", Level.OK, "none is pending")
+    holder = catalog.lease_holder()
+    detail = f"topology {proposal.version} is pending"
+    if holder is not None:
+        return Finding(CATALOG, "change", Level.OK, f"{detail}, made by {holder}")
+    return Finding(CATALOG, "change", Level.PROBLEM, f"{detail}, and nobody is at work", RESUME)
+
+
+def _job(catalog: Catalog) -> Finding:
+    job = catalog.running_job()
+    if job is None:
+        return Finding(CATALOG, "job", Level.OK, "none is unfinished")
+    holder = catalog.lease_holder()
+    if holder is not None:
+        return Finding(CATALOG, "job", Level.OK, f"job {job.id} is run by {holder}")
+    reason = f": {job.last_error}" if job.last_error else ""
+    return Finding(
+        CATALOG,
+        "job",
+        Level.PROBLEM,
+        f"job {job.id} is unfinished and nobody works on it{reason}",
+        jobs.RESUME,
+    )
+
+
+def _declared(topology: Topology) -> Iterator[Finding]:
+    if not topology.tables:
+        yield Finding(
+            CATALOG,
+            "tables",
+            Level.NOTE,
+            "no table is declared as sharded",
+            "`shardkit schema declare MODULE:ATTR` declares them.",
+        )
+
+
+def _shares(catalog: Catalog, topology: Topology) -> Finding:
+    moved = plan(topology, weights_of(topology)).slots_moved
+    if moved and catalog.running_job() is None:
+        return Finding(
+            CATALOG,
+            "shares",
+            Level.NOTE,
+            f"{moved:,} slots are not where the weights want them",
+            "`shardkit rebalance run` moves them.",
+        )
+    return Finding(CATALOG, "shares", Level.OK, f"{len(topology.shards)} shards, {len(topology.tokens)} arcs")
+
+
+# --- a shard -------------------------------------------------------------------------------------------------------
+
+
+def _server(view: View) -> Iterator[Finding]:
+    problems = preflight.server_problems(view.connection)
+    for text in problems:
+        yield view.problem(
+            "server", text, "Correct the server or the role; until then no row can move here or away."
+        )
+    if not problems:
+        version = view.connection.info.parameter_status("server_version")
+        yield view.ok("server", f"PostgreSQL {version}, wal_level logical, hash as the ring's")
+
+
+def _identity(view: View) -> Iterator[Finding]:
+    restore = "Restore the shard's database, or correct the URL of the shard."
+    if value(view.connection, "SELECT to_regclass('shardkit.shard')") is None:
+        yield view.problem("identity", "this database is no shard", restore)
+        return
+    row = view.connection.execute("SELECT cluster_id, shard_id, name FROM shardkit.shard").fetchone()
+    if row != (view.catalog.cluster_id(), view.shard.id, view.shard.name):
+        found = f"shard {row[2]!r} (id {row[1]}) of cluster {row[0]}" if row is not None else "nobody's"
+        yield view.problem("identity", f"this database is {found}", restore)
+    elif migrate.pending(view.shard.url, "shard"):
+        yield view.problem(
+            "identity",
+            "its tables in schema shardkit are of an older shardkit",
+            "Install that version of shardkit.",
+        )
+    else:
+        yield view.ok("identity", f"shard id {view.shard.id} of this cluster")
+
+
+def _fence(view: View) -> Iterator[Finding]:
+    expected = view.shard.fence
+    names = fence.relations(view.connection)
+    newer = sorted(name for name in names if int(name.split("_")[1]) > expected.version)
+    if expected.relation in names and not newer:
+        older = len(names) - 1
+        yield view.ok("fence", expected.relation + (f", and {older} older beside it" if older else ""))
+    elif view.at_work:
+        yield view.ok("fence", "is being changed by the mover at work")
+    elif newer:
+        yield view.problem(
+            "fence", f"{newer[-1]} is newer than the catalog, which relies on {expected.relation}", RESUME
+        )
+    else:
+        yield view.problem(
+            "fence",
+            f"{', '.join(sorted(names)) or 'none'} is there, but the catalog relies on {expected.relation}",
+            "The shard was restored or failed over to an older state: keep applications away, restore the newer state.",
+        )
+
+
+def _copy(view: View) -> Iterator[Finding]:
+    row = view.connection.execute(
+        "SELECT version, digest FROM shardkit.topology ORDER BY version DESC LIMIT 1"
+    ).fetchone()
+    version, digest = row if row is not None else (0, None)
+    known = value(
+        view.catalog.connection,
+        "SELECT digest FROM shardkit.topologies WHERE version = %s AND state IN ('current', 'past')",
+        (version,),
+    )
+    if view.shard.fence.version <= version <= view.topology.version and digest == known:
+        yield view.ok("copy", f"of topology {version}")
+    elif view.at_work:
+        yield view.ok("copy", "is being changed by the mover at work")
+    elif version < view.shard.fence.version:
+        yield view.problem(
+            "copy",
+            f"of topology {version}, but the shard took part in {view.shard.fence.version}",
+            "The shard was restored or failed over to an older state: keep applications away, restore the newer state.",
+        )
+    elif version > view.topology.version:
+        yield view.problem(
+            "copy", f"of topology {version}, which the catalog does not know as current", RESUME
+        )
+    else:
+        yield view.problem(
+            "copy",
+            f"of topology {version}, which differs from the catalog's",
+            "Shard and catalog were not restored to one state: keep applications away, restore both.",
+        )
+
+
+def _in_transit(view: View) -> Iterator[Finding]:
+    arcs = view.shard.in_transit
+    if not arcs:
+        yield view.ok("in transit", "no arc")
+    elif view.running:
+        yield view.ok("in transit", f"{len(arcs)} arcs of the unfinished job")
+    else:
+        yield view.problem(
+            "in transit",
+            f"{len(arcs)} arcs are marked, and no job is unfinished",
+            "Answers stay right, as sessions leave these arcs out; report it with `shardkit status --json`.",
+        )
+
+
+def _leftovers(view: View) -> Iterator[Finding]:
+    found = leftovers(view.connection, view.catalog.cluster_id(), view.running)
+    for left in found:
+        yield view.problem("leftovers", f"{left.what} belongs to no unfinished transfer", left.remedy)
+    if not found:
+        yield view.ok("leftovers", "none")
+
+
+def _tables(view: View) -> Iterator[Finding]:
+    for table in view.topology.tables:
+        here = tables.describe(view.connection, table)
+        pattern = here if view.connection is view.pattern else tables.describe(view.pattern, table)
+        wrong = tables.key_problems(table, here)
+        if here is not None and pattern is not None:
+            wrong += tables.differences(table, pattern, here)
+        if wrong:
+            todo = "Make the table as it is on the other shards, with the migrations or the models that made those."
+            yield view.problem("tables", "; ".join(wrong), todo)
+        else:
+            yield view.ok("tables", f"{table} by {table.key} ({table.key_type})")
+
+
+CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
+    ("server", _server),
+    ("identity", _identity),
+    ("fence", _fence),
+    ("copy", _copy),
+    ("in transit", _in_transit),
+    ("leftovers", _leftovers),
+    ("tables", _tables),
+)

@@ -1,0 +1,118 @@
+"""A job as the operator sees it: its transfers, what they do or wait for, who works on it, and the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from shardkit.core.move import FINAL, sentence
+from shardkit.core.placement import plan
+from shardkit.core.topology import Topology
+from shardkit.rebalance.mover import weights_of
+from shardkit.storage.catalog import Catalog, Job, TransferRow
+
+from .output import duration, table
+from .plans import slots
+
+RESUME = "`shardkit rebalance resume` goes on with it; `shardkit rebalance abort` turns back."
+
+
+def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
+    """The job as a document.
+
+    ``id``, ``kind``, ``state`` (running, done, aborted), ``attempts``, ``last_error``, ``slots_moved``,
+    ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
+    ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
+    ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
+    part); those not yet known are null.
+    """
+    topology = catalog.current()
+    names = {shard.id: shard.name for shard in topology.shards} if topology is not None else {}
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        "attempts": job.attempts,
+        "last_error": job.last_error,
+        "slots_moved": job.goal.slots_moved,
+        "slots_minimum": job.goal.slots_minimum,
+        "mover": catalog.lease_holder(),
+        "transfers": [_transfer(row, names) for row in catalog.transfers(job.id)],
+    }
+
+
+def _transfer(row: TransferRow, names: Mapping[int, str]) -> dict[str, Any]:
+    rows = row.record.get("certificate", {}).get("rows")
+    copied = row.record.get("copy_seconds")
+    return {
+        "id": row.id,
+        "source": names.get(row.source, str(row.source)),
+        "target": names.get(row.target, str(row.target)),
+        "slots": slots(row.arcs),
+        "phase": row.phase.value,
+        "sentence": sentence(row.phase),
+        "waiting_for": row.waiting_for,
+        "attempts": row.attempts,
+        "last_error": row.last_error,
+        "rows_expected": row.record.get("rows_expected"),
+        "rows_moved": None if rows is None else sum(rows.values()),
+        "rows_purged": row.record.get("rows_purged"),
+        "copy_seconds": None if copied is None else round(copied, 3),
+        "pause_ms": row.record.get("pause_ms"),
+    }
+
+
+def is_over(document: Mapping[str, Any]) -> bool:
+    """Whether the job that a document describes has ended."""
+    return bool(document["state"] != "running")
+
+
+def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
+    """What the operator does now; None if there is nothing to do."""
+    holder = catalog.lease_holder()
+    if holder is not None:
+        return f"wait for the mover at work ({holder}); `shardkit rebalance status --watch` follows it."
+    if catalog.running_job() is not None:
+        return RESUME
+    if catalog.proposed() is not None:
+        return "`shardkit rebalance resume` settles a change of topology that was interrupted."
+    if topology is None:
+        return "`shardkit shard add NAME URL` adds the first shard."
+    if not topology.tables:
+        return "`shardkit schema declare MODULE:ATTR` declares the sharded tables."
+    if plan(topology, weights_of(topology)).transfers:
+        return "`shardkit rebalance run` gives every shard its share; `shardkit rebalance plan` shows what would move."
+    return None
+
+
+def draw(console: Console, job: Mapping[str, Any]) -> None:
+    """Draw the job."""
+    mover = f", mover {job['mover']}" if job["mover"] and not is_over(job) else ""
+    console.print(f"Job {job['id']} ({job['kind']}): {job['state']}{mover}", soft_wrap=True)
+    numbers = ("slots", "rows", "copy", "pause")
+    rows = [
+        [
+            f"{move['source']} -> {move['target']}",
+            move["phase"],
+            move["slots"],
+            move["rows_moved"] if move["rows_moved"] is not None else move["rows_expected"],
+            None if move["copy_seconds"] is None else duration(move["copy_seconds"]),
+            None if move["pause_ms"] is None else f"{move['pause_ms']['total']:.0f} ms",
+        ]
+        for move in job["transfers"]
+    ]
+    console.print(table(("transfer", "phase", *numbers), rows, right=numbers))
+    for move in job["transfers"]:
+        _draw_reasons(console, move)
+
+
+def _draw_reasons(console: Console, move: Mapping[str, Any]) -> None:
+    name = f"{move['source']} -> {move['target']}"
+    if move["phase"] not in FINAL:
+        console.print(f"{name}: {move['sentence']}", soft_wrap=True)
+    if move["waiting_for"]:
+        console.print(f"{name} waits: {move['waiting_for']}", soft_wrap=True)
+    if move["last_error"]:
+        console.print(f"{name} failed ({move['attempts']} times): {move['last_error']}", soft_wrap=True)

@@ -1,0 +1,91 @@
+"""The application's models, named on a command line as MODULE:ATTR, and their tables on servers.
+
+Tables are made in transactions that are committed only when everything was found right, so that a refusal leaves no
+table behind. Driven by ``schema declare --create`` and ``shard add --models``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from contextlib import ExitStack
+from typing import Any, Self
+
+from sqlalchemy import MetaData, RootTransaction, create_engine, text
+from sqlalchemy.pool import NullPool
+
+from shardkit.core.errors import UsageError
+from shardkit.orm.declare import sharded_table
+from shardkit.storage.connections import Connection
+from shardkit.storage.urls import sqlalchemy_url
+
+METAVAR = "MODULE:ATTR"
+
+
+def load(name: str) -> MetaData:
+    """The MetaData that MODULE:ATTR names, itself or as ``.metadata`` of a declarative base; `UsageError`."""
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise UsageError(f"Not a name of models: {name!r}.", hint="It looks like app.models:Base.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(
+            f"Module {module_name} cannot be imported: {type(error).__name__}: {error}",
+            hint="It is looked for in the current folder and among the installed packages.",
+        ) from error
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    metadata = getattr(found, "metadata", found)
+    if not isinstance(metadata, MetaData):
+        raise UsageError(
+            f"{path} of module {module_name} is no declarative base and no MetaData.",
+            hint="Name what your models inherit from, as in app.models:Base.",
+        )
+    return metadata
+
+
+class Provisional:
+    """Sharded tables of a MetaData, made where they are missing, in open transactions.
+
+    A context manager: what `commit` has not made last is rolled back at the end.
+    """
+
+    def __init__(self, metadata: MetaData) -> None:
+        self._metadata = metadata
+        self._tables = [table for table in metadata.sorted_tables if sharded_table(table) is not None]
+        self._ends = ExitStack()
+        self._transactions: list[RootTransaction] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ends.close()
+
+    def create(self, url: str) -> Connection:
+        """Make the missing tables in a database; a connection that sees them."""
+        engine = create_engine(
+            sqlalchemy_url(url),
+            poolclass=NullPool,
+            connect_args={"application_name": "shardkit create", "connect_timeout": 10},
+        )
+        connection = self._ends.enter_context(engine.connect())
+        self._transactions.append(connection.begin())
+        # An application's transactions must not queue long behind a foreign key to a table of theirs.
+        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+        self._metadata.create_all(connection, tables=self._tables)
+        # As the other administrative connections have it: definitions are compared as text.
+        connection.execute(text("SET LOCAL search_path = pg_catalog"))
+        raw = connection.connection.driver_connection
+        assert raw is not None
+        seen: Connection = raw
+        return seen
+
+    def commit(self) -> None:
+        """Keep the tables."""
+        for transaction in self._transactions:
+            transaction.commit()

@@ -1,0 +1,51 @@
+"""The flags that several commands share, each with its environment twin.
+
+A flag given before the command (``shardkit --catalog URL status``) stands for its environment variable; one given
+after the command comes first.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardkit.core.errors import UsageError
+
+CATALOG_VARIABLE = "SHARDKIT_CATALOG"
+JSON_VARIABLE = "SHARDKIT_JSON"
+INTERVAL_AT_LEAST = 0.1
+
+CatalogUrl = Annotated[
+    str,
+    typer.Option("--catalog", metavar="URL", envvar=CATALOG_VARIABLE, help="The catalog's database."),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", envvar=JSON_VARIABLE, help="Print one JSON document instead of a table."),
+]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", envvar="SHARDKIT_YES", help="Do not ask before rows are moved.")
+]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "--parallel", min=1, max=64, envvar="SHARDKIT_PARALLEL", help="Transfers that run side by side."
+    ),
+]
+Patience = Annotated[
+    float,
+    typer.Option(
+        "--patience",
+        min=0.0,
+        envvar="SHARDKIT_PATIENCE",
+        help="Seconds to wait for a lock, a moment to cut over, or a server that is away.",
+    ),
+]
+
+
+def one_of(**given: bool) -> None:
+    """Refuse flags that exclude each other; the keywords are their names with underscores."""
+    used = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if len(used) > 1:
+        raise UsageError(f"{' and '.join(used)} exclude each other.", hint="Give one of them.")

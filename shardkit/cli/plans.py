@@ -1,0 +1,131 @@
+"""A placement as the operator sees it before anything moves: shards, transfers, estimates, what stands in the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from shardkit.core.errors import PreflightFailed
+from shardkit.core.keyrange import SLOT_BITS, SLOTS, ArcSet, hex_position
+from shardkit.core.placement import Placement, Transfer
+from shardkit.core.topology import Topology
+from shardkit.rebalance import preflight
+from shardkit.storage import tables
+from shardkit.storage.connections import ShardConnections
+
+from .output import percent, size, table
+
+
+def slots(arcs: ArcSet) -> int:
+    """How many slots arcs are worth."""
+    return round(arcs.width / (1 << SLOT_BITS))
+
+
+def arcs_document(arcs: ArcSet) -> list[list[str]]:
+    """Arcs for ``--json``: first and last position of each, 16 hex digits in ring order."""
+    return [[hex_position(arc.first), hex_position(arc.last)] for arc in arcs]
+
+
+def describe(topology: Topology, placement: Placement, shards: ShardConnections) -> dict[str, Any]:
+    """The plan as a document.
+
+    ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``);
+    ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``; an estimate is
+    null where a table was never analysed); ``problems``, for which the run would be refused.
+    """
+    after = dict.fromkeys(topology.by_id, 0)
+    first = -1
+    for token, owner in zip(placement.tokens, placement.owners, strict=True):
+        last = (token >> SLOT_BITS) + SLOTS // 2
+        after[owner] += last - first
+        first = last
+    return {
+        "slots_moved": placement.slots_moved,
+        "slots_minimum": placement.slots_minimum,
+        "shards": [
+            {
+                "name": shard.name,
+                "weight": shard.weight,
+                "slots_before": slots(topology.owned(shard.id)),
+                "slots_after": after[shard.id],
+            }
+            for shard in topology.shards
+        ],
+        "transfers": [_transfer(topology, transfer, shards) for transfer in placement.transfers],
+        "problems": _problems(topology, placement, shards),
+    }
+
+
+def _transfer(topology: Topology, transfer: Transfer, shards: ShardConnections) -> dict[str, Any]:
+    source = topology.by_id[transfer.source]
+    share = transfer.arcs.width / topology.owned(source.id).width
+    found = [tables.describe(shards.get(source), declared) for declared in topology.tables]
+    rows = [each.rows_estimate for each in found if each is not None]
+    known = all(estimate >= 0 for estimate in rows)
+    return {
+        "source": source.name,
+        "target": topology.by_id[transfer.target].name,
+        "slots": slots(transfer.arcs),
+        "arcs": arcs_document(transfer.arcs),
+        "rows_estimate": round(sum(rows) * share) if known else None,
+        "bytes_estimate": round(sum(each.bytes for each in found if each is not None) * share),
+    }
+
+
+def _problems(topology: Topology, placement: Placement, shards: ShardConnections) -> list[str]:
+    reasons: dict[str, None] = {}
+    for transfer in placement.transfers:
+        try:
+            preflight.check(
+                topology, topology.by_id[transfer.source], topology.by_id[transfer.target], shards
+            )
+        except PreflightFailed as error:
+            reasons.update(dict.fromkeys(error.fields["reasons"]))
+    return list(reasons)
+
+
+def refuse_problems(plan: dict[str, Any]) -> None:
+    """`PreflightFailed` if something stands in the way of the plan."""
+    if plan["problems"]:
+        raise PreflightFailed(
+            "The rows cannot be moved:\n" + "\n".join(f"  - {text}" for text in plan["problems"]),
+            reasons=plan["problems"],
+        )
+
+
+def draw(console: Console, plan: dict[str, Any]) -> None:
+    """Draw the plan."""
+    shares = [
+        [
+            shard["name"],
+            shard["weight"],
+            shard["slots_before"],
+            shard["slots_after"],
+            percent(shard["slots_after"], SLOTS),
+        ]
+        for shard in plan["shards"]
+    ]
+    numbers = ("weight", "slots before", "slots after", "share after")
+    console.print(table(("shard", *numbers), shares, right=numbers))
+    if not plan["transfers"]:
+        console.print("Nothing has to move: every shard holds its share.")
+        return
+    moves = [
+        [
+            f"{move['source']} -> {move['target']}",
+            move["slots"],
+            len(move["arcs"]),
+            "not analysed" if move["rows_estimate"] is None else f"about {move['rows_estimate']:,}",
+            f"about {size(move['bytes_estimate'])}",
+        ]
+        for move in plan["transfers"]
+    ]
+    numbers = ("slots", "arcs", "rows", "bytes")
+    console.print(table(("transfer", *numbers), moves, right=numbers))
+    console.print(
+        f"{plan['slots_moved']:,} of {SLOTS:,} slots move; the minimum is {plan['slots_minimum']:,}.",
+        soft_wrap=True,
+    )
+    for problem in plan["problems"]:
+        console.print(f"In the way: {problem}", soft_wrap=True)

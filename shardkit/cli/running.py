@@ -1,0 +1,64 @@
+"""Running a mover from a command: its bars, and a stop by SIGINT or SIGTERM that leaves a job to resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from shardkit.core.errors import MoverStopped
+from shardkit.core.move import FINAL
+from shardkit.rebalance.mover import Mover
+from shardkit.rebalance.transfer import Interrupted
+from shardkit.storage.catalog import Job
+
+from . import jobs
+from .bars import Bars
+
+PARALLEL = 2
+PATIENCE = 120.0
+
+
+def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patience: float) -> dict[str, Any]:
+    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal ended it."""
+    with Bars() as bars, _stoppable(bars) as stop:
+        try:
+            with Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop) as mover:
+                job = act(mover)
+                return {**jobs.describe(mover.catalog, job), "mover": None}
+        except Interrupted as error:
+            where = [
+                f"{progress.source} -> {progress.target} is {progress.phase.value}"
+                for progress in bars.latest.values()
+                if progress.phase not in FINAL
+            ]
+            raise MoverStopped(
+                f"Stopped between two steps: {', '.join(where) or 'nothing was begun'}.", transfers=where
+            ) from error
+
+
+@contextmanager
+def _stoppable(bars: Bars) -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; the second ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            bars.show_cursor()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.set()
+        bars.say(
+            "Stopping after the current step (once more to stop at once; the job can be resumed either way)."
+        )
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+"""`shardkit schema declare`: which tables are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from sqlalchemy import MetaData
+
+from shardkit.core.errors import JobRunning, NotInitialised, UsageError
+from shardkit.core.topology import ShardedTable, Topology
+from shardkit.orm.declare import problems, sharded_tables
+from shardkit.storage import membership
+from shardkit.storage.catalog import Catalog
+from shardkit.storage.connections import ShardConnections
+
+from . import jobs
+from .models import METAVAR, Provisional, load
+from .options import AsJson, CatalogUrl
+from .output import narrate, next_step, show, table
+from .reach import Lent
+
+Models = Annotated[
+    str,
+    typer.Argument(metavar=METAVAR, envvar="SHARDKIT_MODELS", help="The models, as in app.models:Base."),
+]
+Create = Annotated[
+    bool,
+    typer.Option(
+        "--create", envvar="SHARDKIT_CREATE", help="Create the missing tables on every shard first."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    group = typer.Typer(help="Which tables are sharded.", no_args_is_help=True)
+    group.command("declare")(declare)
+    app.add_typer(group, name="schema")
+
+
+def declare(models: Models, catalog: CatalogUrl, create: Create = False, as_json: AsJson = False) -> None:
+    """Declare the sharded tables of the application's models to the cluster.
+
+    The tables must exist, alike, on every shard, and be empty where there is more than one. What is declared already
+    stays as it is.
+    """
+    metadata = load(models)
+    wanted = sharded_tables(metadata)
+    if not wanted:
+        raise UsageError(
+            f"No table of {models} is declared as sharded.", hint='Put @sharded(by="...") above the models.'
+        )
+    for problem in problems(metadata):
+        narrate(f"note: {problem}")
+    with Catalog.open(catalog) as opened, ShardConnections("shardkit declare") as shards:
+        before = opened.current()
+        if before is None:
+            raise NotInitialised(
+                "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
+            )
+        opened.take_lease()
+        if create:
+            _create(opened, before, metadata, wanted)
+        topology = membership.declare(opened, shards, wanted)
+    with Catalog.open(catalog) as opened:
+        todo = jobs.next_step(opened, topology)
+    _show(topology, before, todo, as_json)
+
+
+def _create(catalog: Catalog, topology: Topology, metadata: MetaData, wanted: Iterable[ShardedTable]) -> None:
+    """Make the missing tables on all shards, or on none."""
+    if catalog.running_job() is not None:
+        raise JobRunning
+    new = [each for each in wanted if (each.schema, each.name) not in topology.by_table]
+    with Lent("shardkit create") as shards, Provisional(metadata) as provisional:
+        for shard in topology.shards:
+            shards.get(shard)
+        for shard in topology.shards:
+            shards.lend(shard.id, provisional.create(shard.url))
+        membership.check_declared(topology, shards, new)
+        provisional.commit()
+
+
+def _show(topology: Topology, before: Topology, todo: str | None, as_json: bool) -> None:
+    entries: list[dict[str, Any]] = [
+        {
+            "schema": each.schema,
+            "name": each.name,
+            "key": each.key,
+            "key_type": each.key_type,
+            "new": (each.schema, each.name) not in before.by_table,
+        }
+        for each in topology.tables
+    ]
+
+    def draw(console: Console) -> None:
+        rows = [[f"{e['schema']}.{e['name']}", e["key"], e["key_type"], e["new"]] for e in entries]
+        console.print(table(("table", "key", "type", "new"), rows))
+        next_step(console, todo)
+
+    show({"version": topology.version, "tables": entries, "next": todo}, as_json, draw)
