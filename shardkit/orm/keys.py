@@ -1,30 +1,161 @@
 """Key values: from what an application gives to the int, str or UUID that PostgreSQL compares and hashes.
 
-Driven by the planner (bound values) and by the session's flush (mapped instances). Never guesses: a value that is
-not exactly of the key's type is no key.
+Driven by the planner (bound values), by the splitting of rows and by the session's flush (mapped instances). Never
+guesses: a value that is not exactly of the key's type is no key, as what PostgreSQL makes of it is its own business
+("5" is 5 to an integer column, 5.7 is never equal, True is an error).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from uuid import UUID
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import inspect
+from sqlalchemy import Column, Table, inspect
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper
 
-from shardkit.core.errors import KeyTypeError
+from shardkit.core.errors import DeclarationError, KeyTypeError, UnroutableQuery
 from shardkit.core.ring import position
+from shardkit.core.topology import KeyType
 
 from . import declare
 
+EXACT: dict[KeyType, type] = {"int": int, "text": str, "uuid": UUID}
+
+_DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
+
+
+def exact_position(value: Any, family: KeyType) -> int | None:
+    """The position of a value as it is sent to the server, or None if it is no key of this family."""
+    kind: type = type(value)
+    if kind is not EXACT[family]:
+        return None
+    try:
+        return position(value)
+    except KeyTypeError:  # beyond 64 bits, a surrogate: PostgreSQL refuses it, wherever it is sent
+        return None
+
+
+def bind_processor(column: Column[Any]) -> Callable[[Any], Any] | None:
+    """What makes of a Python value of a column (a decorated type, an Enum) the one that is sent."""
+    processor: Callable[[Any], Any] | None = column.type.dialect_impl(_DIALECT).bind_processor(_DIALECT)
+    return processor
+
+
+def required_position(value: Any, column: Column[Any]) -> int:
+    """The position of the shard key that a row to be written has; `KeyTypeError` if it is no key."""
+    family = declare.key_family(column.type)
+    assert family is not None
+    processor = bind_processor(column)
+    sent = value if processor is None else processor(value)
+    found = exact_position(sent, family)
+    if found is None:
+        shown = "None" if sent is None else f"{sent!r} ({type(sent).__name__})"
+        raise KeyTypeError(
+            f"{shown} cannot be the shard key {column.table.name}.{column.name}, which is of type {family}.",
+            hint=f"Give it a value of exactly the type {EXACT[family].__name__}.",
+            value=value,
+        )
+    return found
+
+
+# --- Python defaults -----------------------------------------------------------------------------------------------
+
+
+class _NoContext:
+    """Stands for the statement's context, which does not exist before the shard is chosen."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnroutableQuery(
+            "The default of a shard key looks at the context of its statement, which does not exist before the shard "
+            "is chosen.",
+            hint="Use a function without a parameter, or give the key.",
+        )
+
+
+def has_default(column: Column[Any]) -> bool:
+    """Whether a column has a default that Python can evaluate."""
+    return column.default is not None and (column.default.is_scalar or column.default.is_callable)
+
+
+def default_value(column: Column[Any]) -> Any:
+    """The value of a column's Python default, evaluated now."""
+    default: Any = column.default
+    return default.arg(_NoContext()) if default.is_callable else default.arg
+
+
+# --- mapped instances ----------------------------------------------------------------------------------------------
+
+
+def shard_key_attribute(mapper: Mapper[Any]) -> str:
+    """The name of the attribute that is the shard key of a mapped class; `DeclarationError` if it has none, or if a
+    table of its inheritance lives by another one."""
+    known = _attributes.get(mapper)
+    if known is None:
+        known = _attributes[mapper] = _find_attribute(mapper)
+    return known
+
+
+_attributes: WeakKeyDictionary[Mapper[Any], str] = WeakKeyDictionary()
+
+
+def _find_attribute(mapper: Mapper[Any]) -> str:
+    names: set[str] = set()
+    for table in mapper.tables:
+        if not isinstance(table, Table) or declare.sharded_table(table) is None:
+            raise DeclarationError(
+                f"{mapper.class_.__name__} is stored in {table}, which is not declared as sharded.",
+                hint="Put @sharded(by=...) above each class that has a table.",
+            )
+        names.add(mapper.get_property_by_column(declare.key_column(table)).key)
+    if len(names) != 1:
+        listed = ", ".join(sorted(names)) or "none"
+        raise DeclarationError(
+            f"The tables of {mapper.class_.__name__} are sharded by different attributes ({listed}).",
+            hint="Shard every table of an inheritance by the columns that join them.",
+        )
+    return names.pop()
+
+
+def key_column_of(mapper: Mapper[Any]) -> Column[Any]:
+    """The key column of a mapped class, in its own table."""
+    shard_key_attribute(mapper)
+    table: Any = mapper.local_table
+    return declare.key_column(table)
+
 
 def instance_position(instance: object) -> int:
-    """The position of a mapped instance of a sharded table, for its flush.
+    """The position of a mapped instance, for its flush.
 
-    `KeyTypeError` if its shard key is no key (None included); `UnroutableQuery` if the key of a persistent instance was
-    changed, which a flush cannot do.
+    `KeyTypeError` if its shard key is no key (None included), `UnroutableQuery` if the key of a persistent instance was
+    changed: its row would have to move, which an UPDATE on one shard cannot do.
     """
-    state: Any = inspect(instance)
-    column = declare.key_column(state.mapper.local_table)
-    value = state.dict.get(state.mapper.get_property_by_column(column).key)
-    if value is None:
-        raise KeyTypeError(f"{instance!r} has no shard key.")
-    return position(value)
+    state: InstanceState[Any] = inspect(instance)
+    name = shard_key_attribute(state.mapper)
+    column = key_column_of(state.mapper)
+    value = state.dict[name] if name in state.dict else getattr(instance, name)
+    if state.key is not None and name in state.committed_state:
+        before = state.committed_state[name]
+        if before is not LoaderCallableStatus.NO_VALUE and before != value:
+            raise changed_key(column)
+    return required_position(value, column)
+
+
+def fill_default_key(instance: object) -> None:
+    """Give a pending instance without a shard key the Python default of its key column, as the flush would do too
+    late. Does nothing if there is no such default."""
+    state: InstanceState[Any] = inspect(instance)
+    name = shard_key_attribute(state.mapper)
+    column = key_column_of(state.mapper)
+    if state.dict.get(name) is None and has_default(column):
+        setattr(instance, name, default_value(column))
+
+
+def changed_key(column: Column[Any]) -> UnroutableQuery:
+    """The refusal of a statement that changes shard keys."""
+    return UnroutableQuery(
+        f"The shard key {column.table.name}.{column.name} would be changed, and its row belong to another shard.",
+        hint="Insert the row under its new key and delete the old one.",
+    )

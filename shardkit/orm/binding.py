@@ -1,0 +1,110 @@
+"""Binding: what the values of one call make of a proof.
+
+A constraint of the proof becomes the set of positions that a shard key can have; the constraints of a node together
+leave one position, several, none (then no row of it is in the answer, on any shard), or are not understood (a value
+that is no key). Driven by the planner for each call; sees values, no topology.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from .keys import exact_position
+from .proof import BlockProof, Constraint
+from .recorder import MISSING, Call
+from .refusals import Refusal
+
+Keys = dict[int, list[Any]]
+"""Position to the values, as they were given, whose position it is."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """What binds the nodes of one block: for each different set of constraints, those and whether the block is empty
+    where they fit no value."""
+
+    classes: tuple[tuple[tuple[Constraint, ...], bool], ...]
+
+
+def terms(proof: BlockProof) -> Terms:
+    """The terms of a proved block."""
+    classes: dict[tuple[tuple[int, ...], bool], tuple[Constraint, ...]] = {}
+    for node in proof.nodes:
+        classes[tuple(sorted(map(id, node.constraints))), node.present] = node.constraints
+    return Terms(tuple((constraints, present) for (_, present), constraints in classes.items()))
+
+
+class Unbound(Enum):
+    """What the rows of a statement have in the place of one position."""
+
+    NO_ROW = "there is none"
+    SEVERAL = "several, or unknown ones"
+
+
+def one_position(blocks: Sequence[Terms], call: Call, parameters: Mapping[str, Any]) -> int | Unbound:
+    """The position of all rows of a statement. `Refusal` if its FROMs are bound to two positions."""
+    found: int | None = None
+    for block in blocks:
+        agreed = [
+            (possible(constraints, call, parameters), present) for constraints, present in block.classes
+        ]
+        if any(present and positions is not None and not positions for positions, present in agreed):
+            continue  # the block has no row, whatever its other FROMs hold
+        for positions, _ in agreed:
+            if positions is None or len(positions) > 1:
+                return Unbound.SEVERAL
+            for position in positions:
+                if found is not None and found != position:
+                    raise Refusal("two-keys", "its FROMs are bound to different shard keys")
+                found = position
+    return Unbound.NO_ROW if found is None else found
+
+
+def possible(
+    constraints: Sequence[Constraint], call: Call, parameters: Mapping[str, Any]
+) -> Mapping[int, Any] | None:
+    """The positions that all of the constraints leave; None if none of them is understood."""
+    left: dict[int, Any] | None = None
+    for constraint in constraints:
+        keys = known(constraint, call, parameters)
+        if keys is not None:
+            left = keys if left is None else {position: None for position in left if position in keys}
+    return left
+
+
+def known(constraint: Constraint, call: Call, parameters: Mapping[str, Any]) -> Keys | None:
+    """The keys that a constraint allows, by position; None if a value is not of the key's type. NULL equals nothing."""
+    value = constraint.slot.value(call, parameters)
+    if not constraint.listed:
+        return _keys(constraint, (value,))
+    if not isinstance(value, list | tuple | set | frozenset):
+        return None
+    return _keys(constraint, value)
+
+
+def _keys(constraint: Constraint, values: Any) -> Keys | None:
+    keys: Keys = {}
+    for value in values:
+        sent = _sent(constraint, value)
+        if sent is None:
+            continue
+        position = exact_position(sent, constraint.family)
+        if position is None:
+            return None
+        keys.setdefault(position, []).append(value)
+    return keys
+
+
+def _sent(constraint: Constraint, value: Any) -> Any:
+    """What is sent for a value; `MISSING`, which is no key, if that cannot be told."""
+    processor = constraint.slot.processor
+    try:
+        if constraint.part is not None:
+            value = value[constraint.part]
+            processor = processor and processor[constraint.part]
+        return value if processor is None or value is MISSING else processor(value)
+    except Exception:  # of an application's own type: it is raised again where the statement runs
+        return MISSING

@@ -1,0 +1,146 @@
+"""Plans and routes: a statement understood, and where it runs under one topology.
+
+A `Plan` is made by the planner for one call; the session asks it for a `Route` under each topology that it tries, and
+holds the route's shards before it sends anything. Routes are computed, never remembered: a plan knows positions,
+not shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import Executable
+
+from shardkit.core.topology import ShardedTable, Topology
+
+from .gather import Interleaved, Merge, Rows
+
+Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+"""As given to ``Session.execute``: none, one set, or a list of sets."""
+
+
+class ShardPart(NamedTuple):
+    """What one shard executes."""
+
+    statement: Executable
+    parameters: Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a statement runs under one topology: shard id to part, and how the results become one.
+
+    ``merge`` is None if there is one shard only, whose result is the answer as it is.
+    """
+
+    shards: Mapping[int, ShardPart]
+    merge: Merge | None
+
+
+class Plan:
+    """One call of one statement, understood.
+
+    ``writes`` says whether it can change rows; ``tables`` are the sharded tables it touches, which the session compares
+    with the topology's; ``reason`` is a sentence for people on why it runs where it does.
+    """
+
+    __slots__ = ("_parameters", "_statement", "tables", "writes")
+
+    reason = "it is routed"
+
+    def __init__(
+        self, statement: Executable, parameters: Parameters, tables: tuple[ShardedTable, ...], writes: bool
+    ) -> None:
+        self._statement = statement
+        self._parameters = parameters
+        self.tables = tables
+        self.writes = writes
+
+    def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
+        """The shards under a topology. A statement that any one shard answers takes one of ``prefer`` (the shards that
+        the transaction has open), if there is one; the others do not look at it."""
+        raise NotImplementedError
+
+
+class OneKeyPlan(Plan):
+    """All rows of the statement have one position."""
+
+    __slots__ = ("position",)
+
+    reason = "all its rows have one shard key"
+
+    def __init__(
+        self,
+        statement: Executable,
+        parameters: Parameters,
+        tables: tuple[ShardedTable, ...],
+        writes: bool,
+        position: int,
+    ) -> None:
+        super().__init__(statement, parameters, tables, writes)
+        self.position = position
+
+    def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
+        """The owner of the position."""
+        owner = topology.ring.owner_at(self.position)
+        return Route({owner: ShardPart(self._statement, self._parameters)}, None)
+
+
+class AnyShardPlan(Plan):
+    """Every shard answers alike: no table is read, or no row can match."""
+
+    __slots__ = ()
+
+    reason = "no row of a shard can be in it, so that any shard answers"
+
+    def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
+        """One shard."""
+        open_here = [shard.id for shard in topology.shards if shard.id in prefer]
+        chosen = open_here[0] if open_here else topology.ring.owner_at(0)
+        return Route({chosen: ShardPart(self._statement, self._parameters)}, None)
+
+
+class RowsPlan(Plan):
+    """Sets of parameters or rows, each with a position of its own: every shard is given its own, in order."""
+
+    __slots__ = ("_made", "_ordered", "_positions")
+
+    reason = "each of its rows goes to the shard of its key"
+
+    def __init__(
+        self,
+        statement: Executable,
+        rows: Sequence[Mapping[str, Any]],
+        tables: tuple[ShardedTable, ...],
+        positions: Sequence[int],
+        *,
+        ordered: bool,
+        made: Any = None,
+    ) -> None:
+        """``made`` makes the part of some rows, for rows that are in the statement and not in the parameters;
+        ``ordered`` says whether each row returns one, in order."""
+        super().__init__(statement, rows, tables, writes=True)
+        self._positions = positions
+        self._ordered = ordered
+        self._made = made
+
+    def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
+        """The owners of the rows' positions."""
+        numbers: dict[int, list[int]] = {}
+        for number, owner in enumerate(topology.ring.owners_at(self._positions)):
+            numbers.setdefault(owner, []).append(number)
+        if len(numbers) == 1:
+            return Route({next(iter(numbers)): ShardPart(self._statement, self._parameters)}, None)
+        merge = (
+            Interleaved({owner: tuple(own) for owner, own in numbers.items()}) if self._ordered else Rows()
+        )
+        return Route({owner: self._part(own) for owner, own in numbers.items()}, merge)
+
+    def _part(self, numbers: list[int]) -> ShardPart:
+        if self._made is not None:
+            part: ShardPart = self._made(numbers)
+            return part
+        rows: Any = self._parameters
+        return ShardPart(self._statement, [rows[number] for number in numbers])

@@ -1,0 +1,353 @@
+"""The proof: which shard keys the rows of a statement have, from the equalities that hold for each of them.
+
+Every sharded FROM of a block is a node. An equality between shard keys, or of a shard key with a bound value, that must
+be true for every row which a node contributes binds it; equalities are closed transitively. A node of a subquery may
+be bound through an equality with a node of a block around it. What binds all nodes of all blocks to one position
+makes the statement a one-key statement: all its rows are on one shard. Pure: drives nothing, sees no values.
+
+Which equalities hold where (``Scope``): WHERE and ON of inner joins hold for every row. ON of ``a LEFT JOIN b`` holds
+where b is present, so it binds b and never a: its scope is a child of that of the join. An equality is never true
+of NULL, so one that holds and names a node says that this node is present, and with it holds its own scope. ON of a
+FULL JOIN holds nowhere. OR, NOT, functions, casts, other operators bind nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Table
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    BooleanClauseList,
+    ColumnClause,
+    Grouping,
+    Tuple,
+)
+from sqlalchemy.sql.selectable import (
+    CTE,
+    Alias,
+    FromGrouping,
+    Join,
+    Lateral,
+    Subquery,
+    TableValuedAlias,
+    Values,
+)
+
+from shardkit.core.topology import KeyType, ShardedTable
+
+from . import declare
+from .recorder import Block, Compiled, Slot
+from .refusals import Refusal
+
+_DERIVED = (Subquery, CTE, Lateral, TableValuedAlias, Values)
+"""FROMs that hold no rows of their own: what they are made of is in blocks of its own, or in no table."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constraint:
+    """A shard key equals one bound value, or one of a bound list (``listed``); ``part`` is its place in a list of
+    tuples. ``single`` says that the value is used nowhere else; ``column`` names the key for people."""
+
+    slot: Slot
+    family: KeyType
+    listed: bool
+    part: int | None
+    single: bool
+    column: str
+
+
+@dataclass(slots=True, eq=False)
+class Scope:
+    """Conditions that hold together, wherever the FROMs of this part of a FROM clause are present."""
+
+    parent: Scope | None = None
+    links: list[tuple[Node, Node]] = field(default_factory=list)
+    bounds: list[tuple[Node, Constraint]] = field(default_factory=list)
+
+    def mentioned(self) -> Iterator[Node]:
+        """The nodes that are present where this scope holds, as its equalities are not of NULL."""
+        for link in self.links:
+            yield from link
+        for node, _ in self.bounds:
+            yield node
+
+    def chain(self) -> Iterator[Scope]:
+        """This scope and those around it."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One sharded FROM of one block: a table, or an alias of one. ``present`` is whether every row of the block has a
+    row of it, so that the block is empty where no value fits the ``constraints``."""
+
+    name: str
+    table: ShardedTable
+    source: Any
+    block: BlockProof
+    scope: Scope
+    constraints: tuple[Constraint, ...] = ()
+    present: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}.{self.table.key}"
+
+
+@dataclass(slots=True, eq=False)
+class BlockProof:
+    """What is known of one block. ``names`` are those of its FROMs; the ones that are no nodes have None. ``strange``
+    are nodes whose shard key is compared with a bound value of another type."""
+
+    block: Block
+    parent: BlockProof | None
+    root: Scope = field(default_factory=Scope)
+    nodes: list[Node] = field(default_factory=list)
+    names: dict[str, Node | None] = field(default_factory=dict)
+    strange: list[Node] = field(default_factory=list)
+    outer_join: bool = False
+
+    def find(self, name: str) -> Node | None:
+        """The sharded FROM that a qualified column names, here or in a block around this one; None if it is another
+        kind of FROM or unknown."""
+        block: BlockProof | None = self
+        while block is not None:
+            if name in block.names:
+                return block.names[name]
+            block = block.parent
+        return None
+
+
+def prove(compiled: Compiled) -> list[BlockProof]:
+    """The blocks of a statement, outer ones first, with the constraints of each node; `Refusal` for a FROM that is
+    not understood or not sharded."""
+    known: dict[int, BlockProof] = {}
+    proofs: list[BlockProof] = []
+    for block in compiled.recording.blocks:
+        proof = BlockProof(block, None if block.parent is None else known[id(block.parent)])
+        known[id(block)] = proof
+        proofs.append(proof)
+        _Reader(compiled, proof).read()
+        _close(proof)
+    _account_for_tables(compiled, proofs)
+    return proofs
+
+
+def _account_for_tables(compiled: Compiled, proofs: Sequence[BlockProof]) -> None:
+    """Every table in a rendered FROM is a node: whatever else could put one there is not understood."""
+    nodes: dict[ShardedTable, int] = {}
+    for proof in proofs:
+        for node in proof.nodes:
+            nodes[node.table] = nodes.get(node.table, 0) + 1
+    for table, times in compiled.recording.tables.items():
+        if times != nodes.get(sharded(table), 0):
+            raise Refusal("hidden-from", f"{table.fullname} is read in a way that is not understood")
+
+
+def sharded(table: Any) -> ShardedTable:
+    """The declaration of a table in a FROM; `Refusal` if it is not sharded."""
+    found = declare.sharded_table(table) if isinstance(table, Table) else None
+    if found is None:
+        raise Refusal("unsharded", f"{table} is not sharded, so it is not known where its rows are")
+    return found
+
+
+# --- reading a block -----------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Fills a `BlockProof` from the FROMs and conditions of its block."""
+
+    def __init__(self, compiled: Compiled, proof: BlockProof) -> None:
+        self._compiled = compiled
+        self._proof = proof
+        self._conditions: list[tuple[Any, Scope]] = []
+
+    def read(self) -> None:
+        """Nodes first, then the equalities between them."""
+        for from_ in self._proof.block.froms:
+            self._from(from_, self._proof.root)
+        for criterion in self._proof.block.criteria:
+            self._conditions.append((criterion, self._proof.root))
+        for condition, scope in self._conditions:
+            for conjunct in conjuncts(condition):
+                self._conjunct(conjunct, scope)
+
+    def _from(self, from_: Any, scope: Scope) -> None:
+        if isinstance(from_, FromGrouping):
+            self._from(from_.element, scope)
+        elif isinstance(from_, Join):
+            self._join(from_, scope)
+        elif isinstance(from_, Table):
+            self._name(from_, Node(self._rendered(from_), sharded(from_), from_, self._proof, scope))
+        elif isinstance(from_, Alias) and isinstance(from_.element, Table):
+            self._name(from_, Node(self._rendered(from_), sharded(from_.element), from_, self._proof, scope))
+        elif isinstance(from_, _DERIVED) or (
+            isinstance(from_, Alias) and isinstance(from_.element, _DERIVED)
+        ):
+            self._name(from_, None)
+        else:
+            raise Refusal("unknown-from", f"a FROM of the kind {type(from_).__name__} is not understood")
+
+    def _join(self, join: Join, scope: Scope) -> None:
+        if join.full:
+            self._proof.outer_join = True
+            self._from(join.left, Scope(scope))
+            self._from(join.right, Scope(scope))
+        elif join.isouter:
+            self._proof.outer_join = True
+            inside = Scope(scope)
+            self._from(join.left, scope)
+            self._from(join.right, inside)
+            self._conditions.append((join.onclause, inside))
+        else:
+            self._from(join.left, scope)
+            self._from(join.right, scope)
+            self._conditions.append((join.onclause, scope))
+
+    def _rendered(self, from_: Any) -> str:
+        return self._compiled.rendered_name(from_)
+
+    def _name(self, from_: Any, node: Node | None) -> None:
+        name = self._rendered(from_)
+        if name in self._proof.names:
+            raise Refusal("ambiguous-name", f"two FROMs are named {name!r}")
+        self._proof.names[name] = node
+        if node is not None:
+            self._proof.nodes.append(node)
+
+    # --- equalities ------------------------------------------------------------------------------------------------
+
+    def _conjunct(self, conjunct: Any, scope: Scope) -> None:
+        if not isinstance(conjunct, BinaryExpression):
+            return
+        left, right = ungrouped(conjunct.left), ungrouped(conjunct.right)
+        if conjunct.operator is operators.eq:
+            a, b = self._key(left), self._key(right)
+            if a is not None and b is not None:
+                if a.table.key_type == b.table.key_type:
+                    scope.links.append((a, b))
+            elif a is not None:
+                self._bind(a, right, scope)
+            elif b is not None:
+                self._bind(b, left, scope)
+        elif conjunct.operator is operators.in_op:
+            self._in(left, right, scope)
+
+    def _key(self, element: Any) -> Node | None:
+        """The node whose shard key a bare column is."""
+        if not isinstance(element, ColumnClause) or element.table is None or element.is_literal:
+            return None
+        node = self._proof.find(self._rendered(element.table))
+        return node if node is not None and str(element.name) == node.table.key else None
+
+    def _bind(self, node: Node, value: Any, scope: Scope) -> None:
+        if isinstance(value, BindParameter) and not value.expanding:
+            self._constrain(node, value, value.type, scope, listed=False)
+
+    def _in(self, left: Any, right: Any, scope: Scope) -> None:
+        if not isinstance(right, BindParameter) or not right.expanding:
+            return
+        if isinstance(left, Tuple):
+            for part, element in enumerate(left.clauses):
+                node = self._key(ungrouped(element))
+                types = getattr(right.type, "types", ())
+                if node is not None and part < len(types):
+                    self._constrain(node, right, types[part], scope, listed=True, part=part)
+        else:
+            node = self._key(left)
+            if node is not None:
+                self._constrain(node, right, right.type, scope, listed=True)
+
+    def _constrain(
+        self,
+        node: Node,
+        bind: BindParameter[Any],
+        type_: Any,
+        scope: Scope,
+        *,
+        listed: bool,
+        part: int | None = None,
+    ) -> None:
+        # The types must be of one family: a float equal to a bigint is equal to several, a char(n) to padded ones.
+        if declare.key_family(type_) != node.table.key_type:
+            self._proof.strange.append(node)
+            return
+        slot = self._compiled.slot(bind)
+        if slot is not None:
+            single = self._compiled.occurrences(bind) == 1
+            scope.bounds.append(
+                (node, Constraint(slot, node.table.key_type, listed, part, single, str(node)))
+            )
+
+
+def conjuncts(condition: Any) -> Iterator[Any]:
+    """The parts of a condition that are all true when it is."""
+    condition = ungrouped(condition)
+    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        for part in condition.clauses:
+            yield from conjuncts(part)
+    else:
+        yield condition
+
+
+def ungrouped(element: Any) -> Any:
+    """An element without its parentheses."""
+    while isinstance(element, Grouping):
+        element = element.element
+    return element
+
+
+# --- the closure ---------------------------------------------------------------------------------------------------
+
+
+def _close(proof: BlockProof) -> None:
+    """The constraints of each node of a block; those of the blocks around it are known."""
+    everywhere = holding(proof.root, proof)
+    for node in proof.nodes:
+        node.present = any(scope is node.scope for scope in everywhere)
+        scopes = holding(node.scope, proof)
+        found: dict[int, Constraint] = {}
+        for reached in linked(node, scopes):
+            own = [constraint for scope in scopes for bound, constraint in scope.bounds if bound is reached]
+            inherited = reached.constraints if reached.block is not proof else ()
+            found.update((id(constraint), constraint) for constraint in (*own, *inherited))
+        node.constraints = tuple(found.values())
+
+
+def holding(scope: Scope, proof: BlockProof) -> list[Scope]:
+    """All scopes that hold where this one does: those around it, and those of the nodes that their equalities show
+    to be present."""
+    found: dict[int, Scope] = {}
+    todo = list(scope.chain())
+    while todo:
+        one = todo.pop()
+        if id(one) in found:
+            continue
+        found[id(one)] = one
+        for node in one.mentioned():
+            if node.block is proof:
+                todo += node.scope.chain()
+    return list(found.values())
+
+
+def linked(start: Node, scopes: Sequence[Scope]) -> list[Node]:
+    """The nodes whose shard keys equal that of ``start`` where all of ``scopes`` hold, itself included."""
+    found: dict[int, Node] = {id(start): start}
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        for scope in scopes:
+            for a, b in scope.links:
+                other = b if a is node else a if b is node else None
+                if other is not None and id(other) not in found:
+                    found[id(other)] = other
+                    todo.append(other)
+    return list(found.values())

@@ -1,0 +1,206 @@
+"""Scatter: whether a statement may run on several shards, and how its results become one.
+
+A block may scatter if all its sharded FROMs have one shard key by inner joins, so that each of its rows is made on one
+shard, and if what it does with the rows can be done shard by shard: plain rows, and COUNT, SUM, MIN, MAX of integers.
+Everything else is refused by name. Driven by the planner; pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ColumnElement, Delete, Select, Table, Update
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import FunctionFilter, Label
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+from shardkit.core.topology import ShardedTable, Topology
+
+from . import declare
+from .gather import Aggregates, Merge, Rows
+from .ownership import owned_only
+from .proof import BlockProof, Node, holding, linked, prove, ungrouped
+from .recorder import Compiled
+from .refusals import Refusal
+from .vetting import vet_scatter
+from .vocabulary import AGGREGATES
+
+
+@dataclass(slots=True)
+class Scatter:
+    """A statement that may run on several shards: ``anchor`` is the FROM whose shard key every row has."""
+
+    anchor: Node
+    merge: Merge
+    _predicates: dict[tuple[int, int], ColumnElement[bool]] = field(default_factory=dict)
+    _tried: bool = False
+
+    def owned_only(self, statement: Any, topology: Topology, shard_id: int, compile_: Any) -> Any:
+        """The statement with the ownership predicate of a shard. ``compile_`` records a statement, to look once
+        whether the predicate went where it belongs; `Refusal` if not."""
+        key = (topology.version, shard_id)
+        predicate = self._predicates.get(key)
+        if predicate is None:
+            if len(self._predicates) > len(topology.shards):
+                self._predicates.clear()
+            predicate = self._predicates[key] = owned_only(
+                _key_of(self.anchor),
+                self.anchor.table.key_type,
+                topology.owned(shard_id),
+                topology.by_id[shard_id].in_transit,
+            )
+        restricted = statement.where(predicate)
+        if not self._tried:
+            self._try(compile_(restricted))
+            self._tried = True
+        return restricted
+
+    def _try(self, compiled: Compiled) -> None:
+        seen = [_tables(block) for block in prove(compiled)]
+        if seen != [_tables(self.anchor.block)]:
+            raise Refusal(
+                "predicate", "rows in transit cannot be kept out of it, because of how its FROMs are aliased"
+            )
+
+
+def _tables(block: BlockProof) -> dict[str, ShardedTable | None]:
+    return {name: None if node is None else node.table for name, node in block.names.items()}
+
+
+def _key_of(node: Node) -> ColumnElement[Any]:
+    for column in node.source.c:
+        if str(column.name) == node.table.key:
+            found: ColumnElement[Any] = column
+            return found
+    raise Refusal("predicate", f"{node} is not among the columns of its FROM")
+
+
+def scatter(compiled: Compiled, proofs: list[BlockProof]) -> Scatter:
+    """How a statement runs on several shards; `Refusal` if that could answer differently from one database."""
+    statement = compiled.given
+    if statement.is_from_statement:
+        raise Refusal("from-statement", "from_statement() runs on one shard")
+    if not isinstance(statement, Select | Update | Delete):
+        raise Refusal("set-operation", "a set operation runs on one shard")
+    if len(proofs) != 1:
+        raise Refusal("subquery", "a subquery runs on one shard")
+    (proof,) = proofs
+    if proof.outer_join:
+        raise Refusal("outer-join", "an outer join runs on one shard")
+    _only_nodes(proof)
+    _one_key(proof)
+    _no_clauses(proof.block.statement)
+    vet_scatter(compiled)
+    return Scatter(proof.nodes[0], _merge(compiled, proof))
+
+
+def _only_nodes(proof: BlockProof) -> None:
+    for name, node in proof.names.items():
+        if node is None:
+            raise Refusal("derived", f"{name} in its FROM runs on one shard")
+
+
+def _one_key(proof: BlockProof) -> None:
+    anchor, *others = proof.nodes
+    together = {id(node) for node in linked(anchor, holding(proof.root, proof))}
+    for node in others:
+        if id(node) not in together:
+            raise Refusal(
+                "not-co-located",
+                f"{node} and {anchor} are not joined by their shard keys",
+                hint=f"Join on {node} = {anchor}, or bind both to one value.",
+            )
+
+
+_CLAUSES: dict[str, tuple[str, str]] = {
+    "_order_by_clauses": ("order-by", "ORDER BY"),
+    "_group_by_clauses": ("group-by", "GROUP BY"),
+    "_having_criteria": ("having", "HAVING"),
+    "_limit_clause": ("limit", "LIMIT"),
+    "_offset_clause": ("limit", "OFFSET"),
+    "_fetch_clause": ("limit", "FETCH"),
+    "_distinct": ("distinct", "DISTINCT"),
+    "_distinct_on": ("distinct", "DISTINCT ON"),
+    "_for_update_arg": ("for-update", "FOR UPDATE"),
+    "_independent_ctes": ("cte", "WITH"),
+    "_prefixes": ("prefix", "a prefix"),
+    "_suffixes": ("prefix", "a suffix"),
+    "_post_select_clause": ("extension", "a syntax extension"),
+    "_pre_columns_clause": ("extension", "a syntax extension"),
+    "_post_criteria_clause": ("extension", "a syntax extension"),
+    "_post_body_clause": ("extension", "a syntax extension"),
+}
+
+
+def _no_clauses(statement: Any) -> None:
+    for attribute, (reason, name) in _CLAUSES.items():
+        value = getattr(statement, attribute, None)
+        if bool(value) if isinstance(value, tuple | bool) else value is not None:
+            raise Refusal(reason, f"{name} is not merged over shards")
+
+
+# --- merging -------------------------------------------------------------------------------------------------------
+
+
+def _merge(compiled: Compiled, proof: BlockProof) -> Merge:
+    columns = [_unlabelled(column) for column in proof.block.columns]
+    names = [_aggregate(column) for column in columns]
+    seen = [f for f in compiled.recording.elements.get("function", ()) if str(f.name).lower() in AGGREGATES]
+    merged = [name for name in names if name is not None]
+    if not seen:
+        return Rows(_identities(compiled, proof, columns))
+    if len(merged) < len(columns) or len(seen) != len(merged):
+        raise Refusal(
+            "aggregate",
+            "an aggregate is merged over shards only as a column of its own, beside no plain column",
+        )
+    for element in compiled.recording.elements.get("unary", ()):
+        if element.operator is operators.distinct_op:
+            raise Refusal("aggregate-distinct", "an aggregate of distinct values is not merged over shards")
+    return Aggregates(tuple(merged))
+
+
+def _unlabelled(column: Any) -> Any:
+    column = ungrouped(column)
+    while isinstance(column, Label):
+        column = ungrouped(column.element)
+    return column
+
+
+def _aggregate(column: Any) -> Any:
+    """The name of a merged aggregate that a column is, or None."""
+    function = column.func if isinstance(column, FunctionFilter) else column
+    if not isinstance(function, FunctionElement):
+        return None
+    name = str(getattr(function, "name", "")).lower()
+    if name not in AGGREGATES:
+        return None
+    if name != "count":
+        for type_ in (function.type, *(argument.type for argument in function.clauses)):
+            if isinstance(type_, TypeDecorator) or declare.key_family(type_) != "int":
+                raise Refusal(
+                    "aggregate-type",
+                    f"{name.upper()} of values that are no integers is not merged over shards",
+                )
+    return name
+
+
+def _identities(compiled: Compiled, proof: BlockProof, columns: list[Any]) -> tuple[tuple[int, ...], ...]:
+    """The places of the primary keys among the columns: equal ones on two shards are a conflict."""
+    if not isinstance(compiled.statement, Select):
+        return ()
+    places: dict[tuple[str, str], int] = {}
+    for place, column in enumerate(columns):
+        table = getattr(column, "table", None)
+        if table is not None:
+            places.setdefault((compiled.rendered_name(table), str(column.name)), place)
+    found: list[tuple[int, ...]] = []
+    for node in proof.nodes:
+        table = node.source if isinstance(node.source, Table) else node.source.element
+        wanted = [places.get((node.name, str(column.name))) for column in table.primary_key.columns]
+        here = [place for place in wanted if place is not None]
+        if here and len(here) == len(wanted):
+            found.append(tuple(here))
+    return tuple(found)

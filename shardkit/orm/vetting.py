@@ -1,0 +1,121 @@
+"""Vetting: whether every element of a statement is of a kind whose meaning is known.
+
+Two questions: what may stand in a statement that runs on one shard, where only hidden FROMs are feared; and what may
+stand in a scatter, where each value must depend on its own row alone. The words that are known are in
+`orm.vocabulary`. Driven by the planner, on a `Recording`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from .recorder import Compiled
+from .refusals import Refusal
+from .vocabulary import (
+    AGGREGATES,
+    INSERT_FUNCTIONS,
+    ONE_SHARD_KINDS,
+    READING_FUNCTIONS,
+    ROW_FUNCTIONS,
+    SCATTER_KINDS,
+)
+
+_OPERATOR_TEXT = re.compile(r"[-+*/<>=~!@#%^&|`?]+|AND|OR|LIKE|ILIKE|SIMILAR TO|AT TIME ZONE", re.IGNORECASE)
+_LITERAL_COLUMN = re.compile(r"\*|-?\d+|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*|'[^'\\]*'")
+_FIELD = re.compile(r"\w+")
+
+
+def vet_one_shard(compiled: Compiled) -> None:
+    """`Refusal` if something in a statement might read rows that the proof does not see."""
+    _kinds(compiled, ONE_SHARD_KINDS, "is not understood")
+    _raw_sql(compiled)
+
+
+def vet_scatter(compiled: Compiled) -> None:
+    """`Refusal` if the value of something in a statement can depend on more than its own row."""
+    _kinds(compiled, SCATTER_KINDS, "is not merged over shards")
+    for name in function_names(compiled):
+        if name not in ROW_FUNCTIONS | AGGREGATES:
+            raise Refusal(
+                "function",
+                f"the function {name}() is not known to depend on its own row alone, so it runs on one shard",
+            )
+    for column in compiled.recording.elements.get("column", ()):
+        if column.is_literal and not re.fullmatch(r"\*|-?\d+", str(column.name)):
+            raise Refusal("raw-sql", f"the raw SQL {column.name!r} is not merged over shards")
+
+
+def vet_insert_scatter(compiled: Compiled) -> None:
+    """`Refusal` if an insert of rows on several shards has values that only one database could make."""
+    for name in function_names(compiled):
+        if name not in INSERT_FUNCTIONS:
+            raise Refusal(
+                "function", f"the function {name}() is not known to make values for rows of several shards"
+            )
+
+
+def reads_only(compiled: Compiled) -> bool:
+    """Whether nothing in a SELECT can write: every function of it is known to only read."""
+    return all(name in READING_FUNCTIONS for name in function_names(compiled))
+
+
+def vet_without_tables(compiled: Compiled) -> None:
+    """`Refusal` if a statement without a table would answer differently on another shard."""
+    for name in function_names(compiled):
+        if name not in READING_FUNCTIONS:
+            raise Refusal(
+                "function", f"the function {name}() has no shard to run on: no sharded table is named"
+            )
+
+
+def function_names(compiled: Compiled) -> Iterator[str]:
+    """The functions of a statement; those of other schemas than ``pg_catalog`` with their schema."""
+    for function in compiled.recording.elements.get("function", ()):
+        packages = tuple(getattr(function, "packagenames", ()))
+        name = str(function.name).lower()
+        yield name if packages in ((), ("pg_catalog",)) else ".".join((*packages, name))
+
+
+def _kinds(compiled: Compiled, allowed: frozenset[str], verdict: str) -> None:
+    if compiled.recording.foreign:
+        raise Refusal("custom", f"the custom element {compiled.recording.foreign[0]} {verdict}")
+    for kind in compiled.recording.kinds:
+        if kind not in allowed:
+            raise Refusal(
+                _REASONS.get(kind, "unknown-element"), _TEXTS.get(kind, f"the element {kind!r} {verdict}")
+            )
+
+
+_REASONS = {"textclause": "text", "tstring": "text", "tstring_text": "text", "textual_select": "text"}
+_TEXTS = dict.fromkeys(_REASONS, "text() can name any table") | {
+    "over": "a window function needs all rows of its partition on one shard",
+    "subquery": "a subquery runs on one shard",
+    "cte": "a common table expression runs on one shard",
+    "compound_select": "a set operation runs on one shard",
+}
+
+
+def _raw_sql(compiled: Compiled) -> None:
+    """`Refusal` for SQL that is written out in elements which are fine otherwise."""
+    elements = compiled.recording.elements
+    for column in elements.get("column", ()):
+        if column.is_literal and not _LITERAL_COLUMN.fullmatch(str(column.name)):
+            raise Refusal("raw-sql", f"the raw SQL {column.name!r} can name any table")
+    for kind in ("custom_op_binary", "custom_op_unary_modifier", "custom_op_unary_operator"):
+        for element in elements.get(kind, ()):
+            _operator(element)
+    for extract in elements.get("extract", ()):
+        if not _FIELD.fullmatch(str(extract.field)):
+            raise Refusal("raw-sql", f"the raw SQL {extract.field!r} can name any table")
+    for block in compiled.recording.blocks:
+        if block.statement._hints or getattr(block.statement, "_statement_hints", ()):
+            raise Refusal("hint", "a hint is SQL text that can name any table")
+
+
+def _operator(element: Any) -> None:
+    for operator in (getattr(element, "operator", None), getattr(element, "modifier", None)):
+        text = getattr(operator, "opstring", None)
+        if text is not None and not _OPERATOR_TEXT.fullmatch(text.strip()):
+            raise Refusal("raw-sql", f"the raw SQL {text!r} can name any table")
