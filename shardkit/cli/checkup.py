@@ -22,6 +22,7 @@ from shardkit.storage.urls import redacted
 
 from . import jobs
 from .leftovers import leftovers
+from .output import count
 from .reach import reach
 
 CATALOG = "catalog"
@@ -187,7 +188,12 @@ def _shares(catalog: Catalog, topology: Topology) -> Finding:
             f"{moved:,} slots are not where the weights want them",
             "`shardkit rebalance run` moves them.",
         )
-    return Finding(CATALOG, "shares", Level.OK, f"{len(topology.shards)} shards, {len(topology.tokens)} arcs")
+    return Finding(
+        CATALOG,
+        "shares",
+        Level.OK,
+        f"{count(len(topology.shards), 'shard')}, {count(len(topology.tokens), 'arc')}",
+    )
 
 
 # --- a shard -------------------------------------------------------------------------------------------------------
@@ -281,11 +287,11 @@ def _in_transit(view: View) -> Iterator[Finding]:
     if not arcs:
         yield view.ok("in transit", "no arc")
     elif view.running:
-        yield view.ok("in transit", f"{len(arcs)} arcs of the unfinished job")
+        yield view.ok("in transit", f"{count(len(arcs), 'arc')} of the unfinished job")
     else:
         yield view.problem(
             "in transit",
-            f"{len(arcs)} arcs are marked, and no job is unfinished",
+            f"{count(len(arcs), 'arc')} marked, and no job is unfinished",
             "Answers stay right, as sessions leave these arcs out; report it with `shardkit status --json`.",
         )
 

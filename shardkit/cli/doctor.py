@@ -9,7 +9,7 @@ from shardkit.core.errors import EXIT_REFUSED
 
 from .checkup import Finding, Level, examine
 from .options import AsJson, CatalogUrl
-from .output import Document, show, table
+from .output import Document, count, show, table
 
 
 def register(app: typer.Typer) -> None:
@@ -37,4 +37,4 @@ def _draw(console: Console, findings: list[Finding], problems: int) -> None:
     for found in findings:
         if found.next is not None:
             console.print(f"{found.subject}, {found.check}: {found.next}", soft_wrap=True)
-    console.print("Healthy." if not problems else f"{problems} problem{'s' if problems > 1 else ''}.")
+    console.print("Healthy." if not problems else f"{count(problems, 'problem')}.")

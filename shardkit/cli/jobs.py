@@ -12,8 +12,10 @@ from shardkit.core.placement import plan
 from shardkit.core.topology import Topology
 from shardkit.rebalance.mover import weights_of
 from shardkit.storage.catalog import Catalog, Job, TransferRow
+from shardkit.storage.connections import ShardConnections
 
-from .output import duration, table
+from .live import progress
+from .output import duration, size, table
 from .plans import slots
 
 RESUME = "`shardkit rebalance resume` goes on with it; `shardkit rebalance abort` turns back."
@@ -26,10 +28,12 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
-    part); those not yet known are null.
+    part), ``live`` (see `live.progress`); those not known are null.
     """
     topology = catalog.current()
-    names = {shard.id: shard.name for shard in topology.shards} if topology is not None else {}
+    assert topology is not None  # there is no job without shards
+    with ShardConnections("shardkit status") as shards:
+        transfers = [_transfer(catalog, topology, row, shards) for row in catalog.transfers(job.id)]
     return {
         "id": job.id,
         "kind": job.kind,
@@ -39,17 +43,19 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
         "slots_moved": job.goal.slots_moved,
         "slots_minimum": job.goal.slots_minimum,
         "mover": catalog.lease_holder(),
-        "transfers": [_transfer(row, names) for row in catalog.transfers(job.id)],
+        "transfers": transfers,
     }
 
 
-def _transfer(row: TransferRow, names: Mapping[int, str]) -> dict[str, Any]:
+def _transfer(
+    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections
+) -> dict[str, Any]:
     rows = row.record.get("certificate", {}).get("rows")
     copied = row.record.get("copy_seconds")
     return {
         "id": row.id,
-        "source": names.get(row.source, str(row.source)),
-        "target": names.get(row.target, str(row.target)),
+        "source": topology.by_id[row.source].name,
+        "target": topology.by_id[row.target].name,
         "slots": slots(row.arcs),
         "phase": row.phase.value,
         "sentence": sentence(row.phase),
@@ -61,6 +67,7 @@ def _transfer(row: TransferRow, names: Mapping[int, str]) -> dict[str, Any]:
         "rows_purged": row.record.get("rows_purged"),
         "copy_seconds": None if copied is None else round(copied, 3),
         "pause_ms": row.record.get("pause_ms"),
+        "live": progress(catalog, topology, row, shards),
     }
 
 
@@ -97,7 +104,7 @@ def draw(console: Console, job: Mapping[str, Any]) -> None:
             f"{move['source']} -> {move['target']}",
             move["phase"],
             move["slots"],
-            move["rows_moved"] if move["rows_moved"] is not None else move["rows_expected"],
+            _rows(move),
             None if move["copy_seconds"] is None else duration(move["copy_seconds"]),
             None if move["pause_ms"] is None else f"{move['pause_ms']['total']:.0f} ms",
         ]
@@ -108,11 +115,26 @@ def draw(console: Console, job: Mapping[str, Any]) -> None:
         _draw_reasons(console, move)
 
 
+def _rows(move: Mapping[str, Any]) -> str | None:
+    if move["rows_moved"] is not None:
+        return f"{move['rows_moved']:,}"
+    return f"about {move['rows_expected']:,}" if move["rows_expected"] else None
+
+
 def _draw_reasons(console: Console, move: Mapping[str, Any]) -> None:
     name = f"{move['source']} -> {move['target']}"
     if move["phase"] not in FINAL:
-        console.print(f"{name}: {move['sentence']}", soft_wrap=True)
+        console.print(f"{name}: {move['sentence']}{_live(move['live'])}", soft_wrap=True)
     if move["waiting_for"]:
         console.print(f"{name} waits: {move['waiting_for']}", soft_wrap=True)
     if move["last_error"]:
         console.print(f"{name} failed ({move['attempts']} times): {move['last_error']}", soft_wrap=True)
+
+
+def _live(state: Mapping[str, Any] | None) -> str:
+    if state is None:
+        return ""
+    if state["tables_copied"] < state["tables"]:
+        done = f"{state['tables_copied']} of {state['tables']} tables copied"
+        return f" ({done}, {state['rows_copying']:,} rows of the others)"
+    return f" ({size(state['lag_bytes'])} behind)" if state["lag_bytes"] else ""

@@ -94,6 +94,11 @@ def next_step(console: Console, text: str | None) -> None:
     console.print(f"Next: {text}" if text else "Nothing to do.", soft_wrap=True)
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def size(number: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
