@@ -150,9 +150,15 @@ class ShardedCluster:
             self.purge(catalog, source, arcs)
             change.drain(catalog, self.shards)
 
+    def change(
+        self, catalog: Catalog, make: Callable[[Topology | None, int], Topology], **hooks: Any
+    ) -> None:
+        """Bring a topology into force."""
+        change.apply(catalog, self.shards, make, patience=20.0, **hooks)
+
     def mark(self, catalog: Catalog, target: int, arcs: ArcSet) -> None:
         """The arcs are in transit on the target."""
-        change.apply(catalog, self.shards, lambda before, version: _of(before).marked(version, target, arcs))
+        self.change(catalog, lambda before, version: _of(before).marked(version, target, arcs))
 
     def cut_over(self, catalog: Catalog, source: int, target: int, arcs: ArcSet) -> None:
         """Copy the rows while the source is closed, and decide."""
@@ -170,9 +176,8 @@ class ShardedCluster:
                     values = sql.SQL(", ").join(sql.Placeholder() * len(row))
                     to.execute(sql.SQL("INSERT INTO {} VALUES ({})").format(relation, values), row)
 
-        change.apply(
+        self.change(
             catalog,
-            self.shards,
             lambda before, version: _of(before).cut_over(version, source, target, arcs),
             while_closed=copy,
         )
@@ -187,6 +192,10 @@ class ShardedCluster:
         change.apply(
             catalog, self.shards, lambda before, version: _of(before).unmarked(version, source, arcs)
         )
+
+    def drain(self, catalog: Catalog) -> None:
+        """Wait for transactions under older topologies, and drop the old names."""
+        change.drain(catalog, self.shards)
 
 
 def _of(before: Topology | None) -> Topology:

@@ -43,6 +43,7 @@ def execute(
     for shard_id, part in route.shards.items():
         with session.pinned(session.shards.engine(shard_id)):
             results[shard_id] = run(part.statement, part.parameters, **options)
-    if route.merge is None:
-        return next(iter(results.values()))
+    first = next(iter(results.values()))
+    if route.merge is None or not statement._returning:  # type: ignore[attr-defined]
+        return first
     return gather(results, route.merge)

@@ -173,6 +173,12 @@ def _set(sharded: ShardedCluster, role: dict[str, str], setting: str, value: str
         )
 
 
+def _seen_more(seen: set[Any], sharded: ShardedCluster) -> set[Any]:
+    """The moments at which a guard that waits on s0 was sent."""
+    seen.update(sharded.query("s0", WAITING))
+    return seen
+
+
 @pytest.mark.parametrize("setting", ["lock_timeout", "statement_timeout"])
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_role_with_its_own_timeout_waits_for_a_cutover(
@@ -220,7 +226,7 @@ async def test_an_async_session_of_such_a_role_waits_too(
         reading = asyncio.create_task(read())
         seen: set[Any] = set()
         while len(seen) < 3:
-            seen.update(sharded.query("s0", WAITING))
+            _seen_more(seen, sharded)
             await asyncio.sleep(0.002)
         assert not reading.done()
     assert await reading == "x"
