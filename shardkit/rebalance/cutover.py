@@ -86,10 +86,22 @@ class Cutover:
                 break
             if time.monotonic() - started > CATCH_UP_LIMIT:
                 raise Postponed(f"the target lags {sender.lag_bytes} bytes behind")
-            time.sleep(0.0005)
+            self._draw_answer()
         after = replication.copy_state(run.target, run.name)
         if after is None or not after.enabled or after.errors != before.errors:
             raise Postponed("the subscription met an error")
+
+    def _flush_target(self) -> None:
+        """One synchronous commit flushes all that the apply worker committed without waiting."""
+        run = self._run
+        with transaction(run.target, ("synchronous_commit", "on")):
+            change.claim(run.target, run.around.token)
+
+    def _draw_answer(self) -> None:
+        """Have the target say now how far it is. By itself it reports what it applied only when that is flushed, which
+        is up to 400 ms later (twice wal_writer_delay), and it reports when it hears something."""
+        self._flush_target()
+        replication.position_now(self._run.source)
 
     def pause_ms(self) -> dict[str, float]:
         """Milliseconds from the request of the lock to the opening of the target, whole and by part."""
