@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from shardkit.core.errors import DemoFailed
 from shardkit.dev.processes import launcher
@@ -53,7 +53,7 @@ def children_environment(passfile: Path, catalog: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended: its exit status (negative: the signal that killed it), its stdout, the seconds it took."""
+    """How a command ended: its exit status (negative: the signal that killed it), its output, the seconds it took."""
 
     status: int
     output: str
@@ -65,14 +65,14 @@ class Ended:
         return self.status == -signal.SIGKILL
 
 
-def command(*arguments: str, extra: Mapping[str, str] | None = None, stderr: IO[bytes] | None = None) -> Ended:
-    """Run `shardkit ARGUMENTS` to its end; its stderr is ours unless another is given."""
+def command(*arguments: str, extra: Mapping[str, str] | None = None, quiet: bool = False) -> Ended:
+    """Run `shardkit ARGUMENTS` to its end; its stderr is ours, or if ``quiet`` part of the output."""
     began = time.monotonic()
     process = subprocess.Popen(
         launcher(None, signal.SIGKILL, *SHARDKIT, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=stderr,
+        stderr=subprocess.STDOUT if quiet else None,
         text=True,
         env={**os.environ, **(extra or {})},
         start_new_session=True,

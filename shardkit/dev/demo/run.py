@@ -155,7 +155,7 @@ class Demo:
 
     def _run(self, *arguments: str) -> None:
         self._tell_command(arguments)
-        ended = command(*arguments, "--json")
+        ended = command(*arguments, "--json", quiet=True)
         if ended.status:
             raise DemoFailed(f"`shardkit {' '.join(arguments)}` ended with status {ended.status}:\n{ended.output}")
 
@@ -169,6 +169,8 @@ class Demo:
         self._narrator.say(f"{kinds} load {self._options.users:,} users with posts, comments and likes")
         for client in started:
             client.wait_loaded()
+        with Catalog.open(self._catalog) as catalog:
+            endcheck.analyse(_current(catalog))
 
     def _work(self, started: Sequence[ClientProcess], phase: str, seconds: float) -> None:
         if phase == "warm-up":
