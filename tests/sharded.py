@@ -55,6 +55,8 @@ class ShardedCluster:
 
     def __init__(self, catalog_url: str, shard_urls: Iterable[str]) -> None:
         self.catalog_url = catalog_url
+        self.patience = 20.0
+        """Seconds for which a move waits for transactions."""
         self.shards = ShardConnections("shardkit tests")
         membership.initialise(catalog_url)
         with self.lease() as catalog:
@@ -135,32 +137,39 @@ class ShardedCluster:
 
     def move_key(self, key: Any) -> str:
         """Move the rows of a key to the next shard; its name."""
+        arcs, source, target = self.next_shard(key)
+        self.move(arcs, source, target)
+        return self.topology.by_id[target].name
+
+    def next_shard(self, key: Any) -> tuple[ArcSet, int, int]:
+        """The arcs of a key, the shard they are on and the one after it."""
         topology = self.topology
         ids = [shard.id for shard in topology.shards]
         source = topology.ring.owner(key)
-        target = ids[(ids.index(source) + 1) % len(ids)]
-        self.move(ArcSet([Arc(position(key), position(key))]), source, target)
-        return topology.by_id[target].name
+        return ArcSet([Arc(position(key), position(key))]), source, ids[(ids.index(source) + 1) % len(ids)]
 
-    def move(self, arcs: ArcSet, source: int, target: int) -> None:
-        """All of a move."""
+    def move(self, arcs: ArcSet, source: int, target: int, *, drain: bool = True) -> None:
+        """All of a move, or the rest of one that was interrupted."""
         with self.lease() as catalog:
-            self.mark(catalog, target, arcs)
-            self.cut_over(catalog, source, target, arcs)
-            self.purge(catalog, source, arcs)
-            change.drain(catalog, self.shards)
+            if self.topology.owned(source).issuperset(arcs):
+                self.mark(catalog, target, arcs)
+                self.cut_over(catalog, source, target, arcs)
+            if self.topology.by_id[source].in_transit.issuperset(arcs):
+                self.purge(catalog, source, arcs)
+            if drain:
+                self.drain(catalog)
 
     def change(
         self, catalog: Catalog, make: Callable[[Topology | None, int], Topology], **hooks: Any
     ) -> None:
         """Bring a topology into force."""
-        change.apply(catalog, self.shards, make, patience=20.0, **hooks)
+        change.apply(catalog, self.shards, make, patience=self.patience, **hooks)
 
     def mark(self, catalog: Catalog, target: int, arcs: ArcSet) -> None:
         """The arcs are in transit on the target."""
         self.change(catalog, lambda before, version: _of(before).marked(version, target, arcs))
 
-    def cut_over(self, catalog: Catalog, source: int, target: int, arcs: ArcSet) -> None:
+    def cut_over(self, catalog: Catalog, source: int, target: int, arcs: ArcSet, **hooks: Any) -> None:
         """Copy the rows while the source is closed, and decide."""
 
         def copy(connection: Connection) -> None:
@@ -180,6 +189,7 @@ class ShardedCluster:
             catalog,
             lambda before, version: _of(before).cut_over(version, source, target, arcs),
             while_closed=copy,
+            **hooks,
         )
 
     def purge(self, catalog: Catalog, source: int, arcs: ArcSet) -> None:
@@ -189,9 +199,7 @@ class ShardedCluster:
         for table in reversed(_parents_first(topology)):
             statement = sql.SQL("DELETE FROM {} WHERE {}")
             connection.execute(statement.format(predicate.relation(table), predicate.within(table, arcs)))
-        change.apply(
-            catalog, self.shards, lambda before, version: _of(before).unmarked(version, source, arcs)
-        )
+        self.change(catalog, lambda before, version: _of(before).unmarked(version, source, arcs))
 
     def drain(self, catalog: Catalog) -> None:
         """Wait for transactions under older topologies, and drop the old names."""

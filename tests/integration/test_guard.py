@@ -197,9 +197,7 @@ def test_a_role_with_its_own_timeout_waits_for_a_cutover(
             reading = thread.submit(read)
             seen: set[Any] = set()
             # Its LOCK was sent anew: the timeout of the role has passed at least twice.
-            until(
-                lambda: seen.update(sharded.query("s0", WAITING)) or len(seen) > 2, "the guard is tried again"
-            )
+            until(lambda: len(_seen_more(seen, sharded)) > 2, "the guard is tried again")
             if moved:
                 rename = sql.SQL("ALTER TABLE {} RENAME TO {}")
                 old, new = sql.Identifier("shardkit", sharded_at), sql.Identifier("elsewhere")
@@ -225,8 +223,7 @@ async def test_an_async_session_of_such_a_role_waits_too(
     with closed(sharded, "s0"):
         reading = asyncio.create_task(read())
         seen: set[Any] = set()
-        while len(seen) < 3:
-            _seen_more(seen, sharded)
+        while len(_seen_more(seen, sharded)) < 3:
             await asyncio.sleep(0.002)
         assert not reading.done()
     assert await reading == "x"

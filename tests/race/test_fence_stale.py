@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, joinedload, selectinload
 from shardkit.core.errors import TopologyChanged
 from shardkit.core.keyrange import Arc, ArcSet
 from shardkit.core.ring import position
-from tests.sharded import Post, ShardedCluster, User
+from tests.sharded import Base, Post, ShardedCluster, User
 
 
 @dataclass
@@ -112,7 +112,7 @@ def merge(work: Work) -> None:
 
 
 def core_insert(work: Work) -> None:
-    work.session.execute(insert(Post.__table__).values(user_id=work.key, id=2, caption="new"))
+    work.session.execute(insert(Base.metadata.tables["posts"]).values(user_id=work.key, id=2, caption="new"))
 
 
 READS = [get, select_by_key, refresh, lazy_load, selectin_load, joined_load, scatter]
