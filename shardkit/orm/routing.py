@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Delete, Executable, Insert, Select, Update
 from sqlalchemy.engine import Dialect
@@ -36,7 +36,7 @@ from .proof import Constraint, Node, prove
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .rows import InsertProof, plan_bulk_insert, plan_bulk_update, plan_values, prove_insert
-from .scatter import Scatter, scatter
+from .scatter import Compile, Scatter, scatter
 from .splitting import with_list
 from .vetting import reads_only, vet_insert_scatter, vet_one_shard, vet_without_tables
 
@@ -84,7 +84,7 @@ class ScatterPlan(Plan):
         proof: StatementProof,
         scattered: Scatter,
         call: Call,
-        compile_: Any,
+        compile_: Compile,
     ) -> None:
         super().__init__(statement, parameters, proof.tables, proof.writes)
         self._scatter = scattered
@@ -143,10 +143,8 @@ class ScatterPlan(Plan):
     def _part(self, topology: Topology, shard_id: int) -> ShardPart:
         statement: Executable = self._statement
         if topology.by_id[shard_id].in_transit:
-            names = tuple(sorted(cast(Mapping[str, Any], self._parameters)))
-            statement = self._scatter.owned_only(
-                statement, topology, shard_id, lambda restricted: self._compile(restricted, names)
-            )
+            owned, in_transit = topology.owned(shard_id), topology.by_id[shard_id].in_transit
+            statement = self._scatter.owned_only(statement, owned, in_transit, self._compile)
         return ShardPart(statement, self._parameters)
 
 
@@ -208,11 +206,13 @@ class Planner:
             shape = (call.key, tuple(sorted(names)), single is None)
             proof = self._known(shape)
         if proof is None:
-            compiled = self._compile(statement, tuple(sorted(names)), single is None)
+            compile_ = self._compiling(tuple(sorted(names)), single is None)
+            compiled = compile_(statement)
+            vet_one_shard(compiled)
             call = compiled.call
             if isinstance(compiled.given, Insert) and compiled.state._has_multi_parameters:
                 return plan_values(statement, parameters, compiled, *_insert_facts(compiled))
-            proof = self._prove(compiled)
+            proof = _prove(compiled, compile_)
             if shape is not None:
                 self._keep(shape, proof)
         if isinstance(proof, InsertProof):
@@ -242,7 +242,8 @@ class Planner:
             raise Refusal("stream", "rows of several shards are not streamed")
         if proof.updates_or_deletes:
             _refuse_strange_keys(proof.scatter.anchor, call, single)
-        return ScatterPlan(statement, single, proof, proof.scatter, call, self._recompile)
+        recompile = self._compiling(tuple(sorted(single)), False)
+        return ScatterPlan(statement, single, proof, proof.scatter, call, recompile)
 
     # --- proofs ----------------------------------------------------------------------------------------------------
 
@@ -259,50 +260,46 @@ class Planner:
             while len(self._proofs) > self._size:
                 self._proofs.popitem(last=False)
 
-    def _compile(self, statement: Any, names: Sequence[str], many: bool) -> Compiled:
-        compiled = Compiled(self._dialect, statement, names, many)
-        vet_one_shard(compiled)
-        return compiled
+    def _compiling(self, names: Sequence[str], many: bool) -> Compile:
+        return lambda statement: Compiled(self._dialect, statement, names, many)
 
-    def _recompile(self, statement: Any, names: Sequence[str]) -> Compiled:
-        return Compiled(self._dialect, statement, names, False)
 
-    def _prove(self, compiled: Compiled) -> StatementProof | InsertProof:
-        statement = compiled.statement
-        if isinstance(statement, Insert):
-            if compiled.given.is_from_statement:
-                raise Refusal(
-                    "from-statement", "from_statement() of an INSERT is not routed: use its returning()"
-                )
-            return prove_insert(compiled, *_insert_facts(compiled))
-        if compiled.recording.kinds["insert"]:
-            raise Refusal("dml-in-cte", "an INSERT inside another statement is not routed")
-        blocks = prove(compiled)
-        top_dml = bool(compiled.given.is_update or compiled.given.is_delete)
-        if compiled.recording.kinds["update"] + compiled.recording.kinds["delete"] > top_dml:
-            raise Refusal("dml-in-cte", "an UPDATE or DELETE inside another statement is not routed")
-        if compiled.given.is_update:
-            _vet_update(compiled)
-        nodes = [node for block in blocks for node in block.nodes]
-        if not nodes:
-            vet_without_tables(compiled)
-        try:
-            scattered: Scatter | Refusal = (
-                scatter(compiled, blocks) if nodes else Refusal("no-table", "it names no sharded table")
+def _prove(compiled: Compiled, compile_: Compile) -> StatementProof | InsertProof:
+    statement = compiled.statement
+    if isinstance(statement, Insert):
+        if compiled.given.is_from_statement:
+            raise Refusal(
+                "from-statement", "from_statement() of an INSERT is not routed: use its returning()"
             )
-        except Refusal as refusal:
-            scattered = _unbound(refusal, [str(node) for node in nodes if not node.constraints])
-        found = tuple(terms(block) for block in blocks)
-        classes = found[0].classes if len(found) == 1 else ()
-        constraints, present = classes[0] if len(classes) == 1 else ((), False)
-        return StatementProof(
-            blocks=found,
-            tables=tuple({node.table: None for node in nodes}),
-            writes=top_dml or not reads_only(compiled),
-            updates_or_deletes=top_dml,
-            scatter=scattered,
-            only=constraints[0] if len(constraints) == 1 and present else None,
+        return prove_insert(compiled, *_insert_facts(compiled))
+    if compiled.recording.kinds["insert"]:
+        raise Refusal("dml-in-cte", "an INSERT inside another statement is not routed")
+    blocks = prove(compiled)
+    top_dml = bool(compiled.given.is_update or compiled.given.is_delete)
+    if compiled.recording.kinds["update"] + compiled.recording.kinds["delete"] > top_dml:
+        raise Refusal("dml-in-cte", "an UPDATE or DELETE inside another statement is not routed")
+    if compiled.given.is_update:
+        _vet_update(compiled)
+    nodes = [node for block in blocks for node in block.nodes]
+    if not nodes:
+        vet_without_tables(compiled)
+    try:
+        scattered: Scatter | Refusal = (
+            scatter(compiled, blocks, compile_) if nodes else Refusal("no-table", "it names no sharded table")
         )
+    except Refusal as refusal:
+        scattered = _unbound(refusal, [str(node) for node in nodes if not node.constraints])
+    found = tuple(terms(block) for block in blocks)
+    classes = found[0].classes if len(found) == 1 else ()
+    constraints, present = classes[0] if len(classes) == 1 else ((), False)
+    return StatementProof(
+        blocks=found,
+        tables=tuple({node.table: None for node in nodes}),
+        writes=top_dml or not reads_only(compiled),
+        updates_or_deletes=top_dml,
+        scatter=scattered,
+        only=constraints[0] if len(constraints) == 1 and present else None,
+    )
 
 
 def _unplanned(statement: Any) -> Refusal:

@@ -7,16 +7,20 @@ Everything else is refused by name. Driven by the planner; pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Delete, Select, Table, Update
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import FunctionFilter, Label
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import Alias
+from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeDecorator
 
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.keyrange import POSITION_MIN, Arc, ArcSet
+from shardkit.core.topology import ShardedTable
 
 from . import declare
 from .gather import Aggregates, Merge, Rows
@@ -27,58 +31,88 @@ from .refusals import Refusal
 from .vetting import vet_scatter
 from .vocabulary import AGGREGATES
 
+Compile = Callable[[Any], Compiled]
+"""Compiles and records a statement."""
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Scatter:
-    """A statement that may run on several shards: ``anchor`` is the FROM whose shard key every row has."""
+    """A statement that may run on several shards: ``anchor`` is a FROM of it; the shard keys of all others equal its.
+
+    A table is the same object in all statements of one shape, but an alias is each statement's own: ``place`` is that
+    of the anchor among the aliases of a statement, None for a table.
+    """
 
     anchor: Node
     merge: Merge
-    _predicates: dict[tuple[int, int], ColumnElement[bool]] = field(default_factory=dict)
-    _tried: bool = False
+    place: int | None
 
-    def owned_only(self, statement: Any, topology: Topology, shard_id: int, compile_: Any) -> Any:
-        """The statement with the ownership predicate of a shard. ``compile_`` records a statement, to look once
-        whether the predicate went where it belongs; `Refusal` if not."""
-        key = (topology.version, shard_id)
-        predicate = self._predicates.get(key)
-        if predicate is None:
-            if len(self._predicates) > len(topology.shards):
-                self._predicates.clear()
-            predicate = self._predicates[key] = owned_only(
-                _key_of(self.anchor),
-                self.anchor.table.key_type,
-                topology.owned(shard_id),
-                topology.by_id[shard_id].in_transit,
-            )
-        restricted = statement.where(predicate)
-        if not self._tried:
-            self._try(compile_(restricted))
-            self._tried = True
+    def owned_only(self, statement: Any, owned: ArcSet, in_transit: ArcSet, compile_: Compile) -> Any:
+        """The statement with the ownership predicate of a shard."""
+        restricted = self._restricted(statement, owned, in_transit)
+        if self.place is not None:
+            self._check(compile_(restricted))
         return restricted
 
-    def _try(self, compiled: Compiled) -> None:
+    def rehearse(self, compiled: Compiled, compile_: Compile) -> None:
+        """`Refusal` if the ownership predicate cannot be put into statements of this shape, whether or not a shard
+        needs it today: what is refused does not depend on the topology."""
+        half = ArcSet([Arc(POSITION_MIN, -1)])
+        self._check(compile_(self._restricted(compiled.given, half, ~half)))
+
+    def _restricted(self, statement: Any, owned: ArcSet, in_transit: ArcSet) -> Any:
+        source = self.anchor.source if self.place is None else _aliases(statement)[self.place]
+        column = _key_of(source, self.anchor.table)
+        return statement.where(owned_only(column, self.anchor.table.key_type, owned, in_transit))
+
+    def _check(self, compiled: Compiled) -> None:
         seen = [_tables(block) for block in prove(compiled)]
         if seen != [_tables(self.anchor.block)]:
-            raise Refusal(
-                "predicate", "rows in transit cannot be kept out of it, because of how its FROMs are aliased"
-            )
+            raise _no_place()
+
+
+def _no_place() -> Refusal:
+    return Refusal(
+        "predicate", "rows in transit cannot be kept out of it, because of how its FROMs are aliased"
+    )
+
+
+def _key_of(source: Any, table: ShardedTable) -> ColumnElement[Any]:
+    for column in source.c:
+        if str(column.name) == table.key:
+            found: ColumnElement[Any] = column
+            return found
+    raise _no_place()
+
+
+def _aliases(statement: Any) -> list[Any]:
+    """The aliases of a statement; in the same order for statements of one shape."""
+    found: dict[int, Any] = {}
+    for element in iterate(statement):
+        if isinstance(element, Alias):
+            found.setdefault(hash(element), element)  # annotated copies hash alike
+    return list(found.values())
+
+
+def _anchored(compiled: Compiled, proof: BlockProof) -> tuple[Node, int | None]:
+    """The anchor and its place: a table if there is one."""
+    for node in proof.nodes:
+        if isinstance(node.source, Table):
+            return node, None
+    for node in proof.nodes:
+        for place, alias in enumerate(_aliases(compiled.given)):
+            if hash(alias) == hash(node.source):
+                return node, place
+    raise _no_place()
 
 
 def _tables(block: BlockProof) -> dict[str, ShardedTable | None]:
     return {name: None if node is None else node.table for name, node in block.names.items()}
 
 
-def _key_of(node: Node) -> ColumnElement[Any]:
-    for column in node.source.c:
-        if str(column.name) == node.table.key:
-            found: ColumnElement[Any] = column
-            return found
-    raise Refusal("predicate", f"{node} is not among the columns of its FROM")
-
-
-def scatter(compiled: Compiled, proofs: list[BlockProof]) -> Scatter:
-    """How a statement runs on several shards; `Refusal` if that could answer differently from one database."""
+def scatter(compiled: Compiled, proofs: list[BlockProof], compile_: Compile) -> Scatter:
+    """How a statement runs on several shards; `Refusal` if that could answer differently from one database.
+    ``compile_`` records another statement of the same parameters."""
     statement = compiled.given
     if statement.is_from_statement:
         raise Refusal("from-statement", "from_statement() runs on one shard")
@@ -93,7 +127,10 @@ def scatter(compiled: Compiled, proofs: list[BlockProof]) -> Scatter:
     _one_key(proof)
     _no_clauses(proof.block.statement)
     vet_scatter(compiled)
-    return Scatter(proof.nodes[0], _merge(compiled, proof))
+    anchor, place = _anchored(compiled, proof)
+    found = Scatter(anchor, _merge(compiled, proof), place)
+    found.rehearse(compiled, compile_)
+    return found
 
 
 def _only_nodes(proof: BlockProof) -> None:
