@@ -3,11 +3,12 @@
 Driven by `placement`, which knows how many slots each shard should have; here they are chosen so that few arcs come of
 it, because few arcs keep lookups, predicates and publications short after years of changes:
 
-- A shard gives away exactly its surplus: whole arcs where some add up to it, so that no arc is cut; else whole arcs as
-  far as none is large enough, and one cut at the end of an arc.
-- Cuts are made where they cost no new arc: next to a shard that receives, or to slots given away already. Failing
-  that, two neighbours cut at the border between them, so that two cuts cost one new arc.
-- Slots given away go to a receiver that they touch, then the longest stretch to the largest need.
+- Where a shard that has too many borders on one that has too few, the border between them shifts: no new arc.
+- What is left of a surplus is given away in whole arcs where some add up to it, so that none is cut; else in whole
+  arcs as far as none is large enough, and one cut at the end of an arc.
+- Cuts are made next to slots given away already. Failing that, two neighbours cut at the border between them, so that
+  two cuts cost one new arc.
+- Of the slots given away, the longest stretch goes to the largest need.
 
 Pure, and a function of the slots alone: neither shard ids nor their order decide anything but ties.
 """
@@ -46,27 +47,76 @@ def append(runs: list[Run], run: Run) -> None:
         runs.append(run)
 
 
-# --- what is given away -------------------------------------------------------------------------------------
+def reassigned(runs: Sequence[Run], excess: Mapping[int, int]) -> list[Run]:
+    """The slots that change their owner, as runs of the owners they come to.
+
+    ``runs`` are all slots in order; ``excess`` is, by shard, how many slots it has too many (below 0: too few), and
+    adds up to 0. A shard only gives or only receives, and exactly so many.
+    """
+    surplus = {shard_id: count for shard_id, count in excess.items() if count > 0}
+    need = {shard_id: -count for shard_id, count in excess.items() if count < 0}
+    shifted, runs = _shifted(runs, surplus, need)
+    return shifted + _dealt(_given_away(runs, surplus), need)
 
 
-def given_away(runs: Sequence[Run], surplus: Mapping[int, int], need: Mapping[int, int]) -> list[Run]:
+# --- borders --------------------------------------------------------------------------------------------------------
+
+
+def _shifted(
+    runs: Sequence[Run], surplus: dict[int, int], need: dict[int, int]
+) -> tuple[list[Run], list[Run]]:
+    """What passes over borders, as received, and all runs after that; ``surplus`` and ``need`` shrink by it."""
+    received: list[Run] = []
+    after: list[Run] = []
+
+    def passing(source: int, target: int, width: int) -> int:
+        count = min(surplus.get(source, 0), need.get(target, 0), width)
+        if count:
+            surplus[source] -= count
+            need[target] -= count
+        return count
+
+    def assign(first: int, end: int, owner: int) -> None:
+        received.append(Run(first, end, owner))
+        append(after, received[-1])
+
+    for run in runs:
+        first = run.first
+        if after and (count := passing(run.owner, after[-1].owner, run.width)):
+            first += count
+            assign(run.first, first, after[-1].owner)
+        taken = first
+        while after and first < run.end and (count := passing(after[-1].owner, run.owner, after[-1].width)):
+            before = after.pop()
+            taken -= count
+            if before.first < taken:
+                after.append(Run(before.first, taken, before.owner))
+        if taken < first:
+            assign(taken, first, run.owner)
+        if first < run.end:
+            append(after, Run(first, run.end, run.owner))
+    return received, after
+
+
+# --- what is given away ---------------------------------------------------------------------------------------------
+
+
+def _given_away(runs: Sequence[Run], surplus: Mapping[int, int]) -> list[Run]:
     """The runs that leave: of each shard in ``surplus`` exactly so many slots."""
-    owned: dict[int, list[Run]] = {shard_id: [] for shard_id in surplus}
+    owned: dict[int, list[Run]] = {shard_id: [] for shard_id, count in surplus.items() if count}
     for run in runs:
         if run.owner in owned:
             owned[run.owner].append(run)
     given: list[Run] = []
     cuts: dict[int, int] = {}
-    for shard_id, count in surplus.items():
-        whole, missing = _whole_runs(owned[shard_id], count)
+    for shard_id in owned:
+        whole, missing = _whole_runs(owned[shard_id], surplus[shard_id])
         given += whole
         if missing:
             cuts[shard_id] = missing
     kept = set(runs).difference(given)
-    borders = {border for run in given for border in (run.first, run.end)}
-    borders |= {border for run in runs if run.owner in need for border in (run.first, run.end)}
     wide = [run for run in runs if run in kept and run.width >= cuts.get(run.owner, SLOTS + 1)]
-    return given + _cut(wide, cuts, borders)
+    return given + _cut(wide, cuts, {border for run in given for border in (run.first, run.end)})
 
 
 def _whole_runs(owned: Sequence[Run], count: int) -> tuple[list[Run], int]:
@@ -112,7 +162,7 @@ def _subset(owned: Sequence[Run], count: int) -> list[Run] | None:
 def _cut(wide: Sequence[Run], cuts: Mapping[int, int], borders: set[int]) -> list[Run]:
     """One piece of each shard in ``cuts``, of so many slots, at an end of one of its runs in ``wide`` (sorted).
 
-    ``borders`` are where a cut costs no new arc, because what lies beyond leaves too or receives.
+    ``borders`` are where a cut costs no new arc, because what lies beyond leaves too.
     """
     pieces: dict[int, Run] = {}
 
@@ -157,44 +207,23 @@ def _pairs(wide: Sequence[Run]) -> list[tuple[Run, Run]]:
 # --- who receives it ----------------------------------------------------------------------------------------
 
 
-def dealt(runs: Sequence[Run], given: Sequence[Run], need: Mapping[int, int]) -> list[Run]:
+def _dealt(given: Sequence[Run], need: Mapping[int, int]) -> list[Run]:
     """The slots of ``given``, cut and owned as received: each shard in ``need`` gets exactly so many."""
-    missing = dict(need)
-    shares: list[Run] = []
-
-    def deal(first: int, end: int, target: int) -> None:
-        shares.append(Run(first, end, target))
-        missing[target] -= end - first
-
-    owner_before = {run.end: run.owner for run in runs if run.owner in need}
-    owner_after = {run.first: run.owner for run in runs if run.owner in need}
-    stretches: list[tuple[int, int, int]] = []
-    for first, end in _stretches(given):
-        touching = owner_before.get(first)
-        if touching is not None and missing[touching]:
-            upto = min(end, first + missing[touching])
-            deal(first, upto, touching)
-            first = upto
-        touching = owner_after.get(end)
-        if touching is not None and missing[touching] and first < end:
-            since = max(first, end - missing[touching])
-            deal(since, end, touching)
-            end = since
-        if first < end:
-            stretches.append((first - end, first, end))
-    needs = [(-count, target) for target, count in missing.items() if count]
+    received: list[Run] = []
+    stretches = [(first - end, first, end) for first, end in _stretches(given)]
+    needs = [(-count, target) for target, count in need.items() if count]
     heapq.heapify(stretches)
     heapq.heapify(needs)
     while stretches:
         _, first, end = heapq.heappop(stretches)
         lacking, target = heapq.heappop(needs)
         upto = min(end, first - lacking)
-        deal(first, upto, target)
+        received.append(Run(first, upto, target))
         if upto < end:
             heapq.heappush(stretches, (upto - end, upto, end))
-        if missing[target]:
-            heapq.heappush(needs, (-missing[target], target))
-    return shares
+        elif lacking + upto - first:
+            heapq.heappush(needs, (lacking + upto - first, target))
+    return received
 
 
 def _stretches(given: Iterable[Run]) -> list[tuple[int, int]]:

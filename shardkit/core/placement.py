@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from .allocation import Run, append, dealt, given_away
+from .allocation import Run, append, reassigned
 from .documents import listed, whole
 from .errors import TopologyInvalid, TopologyUnaligned, WeightInvalid
 from .keyrange import SLOT_BITS, SLOTS, Arc, ArcSet, slot_arc, slot_of
@@ -158,10 +158,8 @@ def plan(topology: Topology, weights: Mapping[int, int]) -> Placement:
     for run in runs:
         held[run.owner] += run.width
     wanted = quotas(weights, held)
-    surplus = {shard_id: held[shard_id] - wanted[shard_id] for shard_id in sorted(wanted)}
-    need = {shard_id: -count for shard_id, count in surplus.items() if count < 0}
-    given = given_away(runs, {shard_id: count for shard_id, count in surplus.items() if count > 0}, need)
-    return _placement(topology, runs, dealt(runs, given, need), _minimum(weights, held))
+    excess = {shard_id: held[shard_id] - wanted[shard_id] for shard_id in sorted(wanted)}
+    return _placement(topology, runs, reassigned(runs, excess), _minimum(weights, held))
 
 
 def _check_ids(topology: Topology, weights: Mapping[int, int]) -> None:

@@ -68,6 +68,12 @@ def test_left_over_slots_go_to_the_largest_remainders() -> None:
     assert quotas(weights, {}) == {1: 1, 2: 0, 3: SLOTS - 1}
 
 
+def test_a_left_over_slot_goes_to_who_receives_in_any_case() -> None:
+    # Shard 4 is drained of two slots, and shard 3 lacks one; the other is anybody's by remainder.
+    weights = {1: 1, 2: 1, 3: 1, 4: 0}
+    assert quotas(weights, {1: 21845, 2: 21845, 3: 21844, 4: 2}) == {1: 21845, 2: 21845, 3: 21846, 4: 0}
+
+
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
@@ -109,16 +115,44 @@ def test_a_surplus_larger_than_any_arc_is_whole_arcs_and_one_cut() -> None:
     assert runs(placement) == [(16384, 2), (16384, 1), (12000, 0), (4384, 2), (16384, 1)]
 
 
-def test_a_cut_is_made_next_to_the_receiver() -> None:
+def test_a_border_shifts_where_one_gives_and_the_other_receives() -> None:
     before = topology((30000, 0), (5536, 1), (30000, 0))
     placement = plan(before, {0: 50000, 1: 15536})
     assert runs(placement) == [(20000, 0), (15536, 1), (30000, 0)]
 
 
-def test_a_receiver_takes_from_both_sides() -> None:
+def test_a_shard_receives_over_both_its_borders() -> None:
     before = topology((30000, 0), (5536, 1), (30000, 2))
     placement = plan(before, {0: 25000, 1: 15536, 2: 25000})
     assert runs(placement) == [(25000, 0), (15536, 1), (25000, 2)]
+
+
+def test_a_shard_gives_over_both_its_borders() -> None:
+    before = topology((10000, 1), (40000, 0), (15536, 2))
+    placement = plan(before, {0: 33000, 1: 12000, 2: 20536})
+    assert runs(placement) == [(12000, 1), (33000, 0), (20536, 2)]
+
+
+def test_a_border_shifts_across_a_whole_arc() -> None:
+    weights = {0: 0, 1: 18000, 2: 7000, 3: 40536}
+    upwards = plan(topology((10000, 1), (5000, 0), (10000, 2), (40536, 3)), weights)
+    assert runs(upwards) == [(18000, 1), (7000, 2), (40536, 3)]
+    downwards = plan(topology((40536, 3), (10000, 2), (5000, 0), (10000, 1)), weights)
+    assert runs(downwards) == [(40536, 3), (7000, 2), (18000, 1)]
+
+
+def test_the_longest_stretch_goes_to_the_largest_need() -> None:
+    before = topology((1000, 0), (29536, 3), (5000, 0), (30000, 3), ids=(1, 2))
+    placement = plan(before, {0: 0, 1: 1000, 2: 5000, 3: 59536})
+    assert runs(placement) == [(1000, 1), (29536, 3), (5000, 2), (30000, 3)]
+
+
+def test_a_cut_is_made_next_to_an_arc_that_leaves() -> None:
+    weights = {0: 20000, 1: 0, 2: 35000, 3: 10536}
+    below = plan(topology((20000, 0), (40000, 2), (5536, 1), ids=(3,)), weights)
+    assert runs(below) == [(20000, 0), (35000, 2), (10536, 3)]
+    above = plan(topology((5536, 1), (40000, 2), (20000, 0), ids=(3,)), weights)
+    assert runs(above) == [(10536, 3), (35000, 2), (20000, 0)]
 
 
 def test_draining_a_shard_hands_all_of_it_on_and_moves_nothing_else() -> None:
@@ -181,6 +215,17 @@ def test_doubling_keeps_one_arc_a_shard() -> None:
         placement = plan(of(tokens, owners, list(range(shards))), equal(shards))
         tokens, owners = placement.tokens, placement.owners
         assert len(tokens) == shards
+
+
+def test_reweighting_again_and_again_keeps_arcs_few() -> None:
+    tokens, owners = initial(equal(16))
+    weights = equal(16)
+    for step in range(200):
+        weights[step * 7 % 16] = 50 + step * 37 % 100
+        placement = plan(of(tokens, owners, list(range(16))), weights)
+        tokens, owners = placement.tokens, placement.owners
+    # 14.3 measured; 80 if borders did not shift.
+    assert len(tokens) / 16 < 20
 
 
 def test_draining_one_of_many_adds_about_one_arc_a_receiver() -> None:
@@ -268,3 +313,12 @@ def test_a_document_with_an_arc_that_is_none_is_refused() -> None:
     document["transfers"][0]["arcs"] = [[5, 4]]
     with pytest.raises(TopologyInvalid, match="not an arc"):
         Placement.from_json(document)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"owners": [0, 1.0]}, {"slots_moved": True}, {"transfers": {}}, {"tokens": "ab"}]
+)
+def test_a_document_with_a_value_of_another_kind_is_refused(damage: dict[str, Any]) -> None:
+    document = plan(topology((SLOTS, 0), ids=(1,)), {0: 1, 1: 1}).to_json()
+    with pytest.raises(TopologyInvalid, match="no placement document"):
+        Placement.from_json(document | damage)

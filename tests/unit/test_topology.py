@@ -159,6 +159,10 @@ def test_which_shards_a_change_concerns(halves: Topology) -> None:
     moved = marked.cut_over(3, 3, 5, LOWER)
     assert moved.changed_since(marked) == (3, 5)
     assert moved.closing_since(marked) == (3,)
+    taken = replace(
+        marked, owners=(5, 5), shards=(marked.by_id[3], replace(marked.by_id[5], in_transit=ArcSet()))
+    )
+    assert taken.closing_since(marked) == (3,)
     alone = replace(moved.unmarked(4, 3, LOWER), shards=(moved.by_id[5],))
     assert alone.closing_since(moved) == (3,)
 
@@ -237,6 +241,8 @@ def test_a_document_that_lacks_something_is_refused(name: str) -> None:
         {"owners": {"3": 5}},
         {"shards": [{}]},
         {"shards": None},
+        {"shards": [DOCUMENT["shards"][0] | {"url": None}, DOCUMENT["shards"][1]]},
+        {"shards": [DOCUMENT["shards"][0] | {"fence": "1a"}, DOCUMENT["shards"][1]]},
         {"tables": [["app", "Posts", "user", "bytes"]]},
         {"tables": [["app", "Posts", "user"]]},
         {"tables": [["app", "Posts", None, "text"]]},
