@@ -103,8 +103,8 @@ class ShardSession(Session):
         """Begin on an engine in the outermost transaction, so that no savepoint can release its guard."""
         root = self.get_transaction()
         if root is None:
-            return super().connection(bind_arguments={"bind": engine})
-        return root.connection(None, bind=engine)
+            return super().connection(bind_arguments={"engine": engine})
+        return root.connection(None, engine=engine)
 
     def bound_connection(self, engine: Engine) -> Connection:
         """The open connection of an engine, inside the innermost savepoint."""
@@ -118,13 +118,16 @@ class ShardSession(Session):
         *,
         clause: Any = None,
         bind: Any = None,
+        engine: Engine | None = None,
         key: Any = None,
         shard: str | None = None,
         **_: Any,
     ) -> Any:
         """For SQLAlchemy: the engine that is pinned or named, else a place that routes each statement."""
         if bind is not None:
-            return bind
+            _refuse_bind()
+        if engine is not None:
+            return engine
         if key is not None:
             return self.provision_position(position(key)).engine
         if shard is not None:
@@ -159,6 +162,8 @@ class ShardSession(Session):
             return self.provision_position(position(key))
         if shard is not None:
             return self._provision_named(shard)
+        if bind_arguments and bind_arguments.get("bind") is not None:
+            _refuse_bind()
         return super().connection(bind_arguments, execution_options)
 
     def _provision_named(self, name: str) -> Connection:
@@ -216,6 +221,13 @@ class ShardSession(Session):
         if bulk.is_bulk(statement, params):
             return bulk.execute(self, super().execute, statement, params, options).scalar()
         return super().scalar(statement, params, **options)
+
+
+def _refuse_bind() -> NoReturn:
+    raise UnroutableQuery(
+        "A session over shards runs on no other bind.",
+        hint="Use `session.connection(key=...)` or `shard=...`.",
+    )
 
 
 def _refuse_legacy(name: str) -> NoReturn:

@@ -167,7 +167,8 @@ class _GuardedDialect(PGDialect_psycopg):
                     self._end_reader(reader)
             self._commit_writer(raw)
         except (psycopg.Error, CommitUnknown, ShardUnreachable) as error:
-            if raw.closed:
+            if raw.closed and (scope.committed or not isinstance(error, psycopg.Error)):
+                # SQLAlchemy does so for the driver's errors alone.
                 dbapi_connection.invalidate(error)
             if scope.committed:
                 raise PartlyCommitted(

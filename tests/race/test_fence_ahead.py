@@ -118,7 +118,7 @@ async def test_an_async_router_waits_without_holding_the_loop_up(
 
     recorded = cluster.topology.version
     reading = asyncio.create_task(read(interrupted.key))
-    while cluster.topology.version == recorded:
+    while cluster.topology.version == recorded:  # noqa: ASYNC110 - another task changes it
         await asyncio.sleep(0.002)
     assert await read(interrupted.stays) == "stays"
     assert not reading.done()
@@ -176,10 +176,9 @@ def test_a_table_that_nobody_declared(sharded: ShardedCluster, cluster: shardkit
         session.rollback()
         bare["version"] = sharded.topology.version
         cluster.router._topology = Topology.from_json(bare)
-        for attempt in (
-            lambda: session.get(User, 1),
-            lambda: session.add(User(id=1, name="x")) or session.flush(),
-        ):
-            with pytest.raises(UndeclaredTable, match="users"):
-                attempt()
-            session.rollback()
+        with pytest.raises(UndeclaredTable, match="users"):
+            session.get(User, 1)
+        session.rollback()
+        session.add(User(id=1, name="x"))
+        with pytest.raises(UndeclaredTable, match="users"):
+            session.flush()
