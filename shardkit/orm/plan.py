@@ -7,7 +7,7 @@ not shards.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -112,16 +112,16 @@ class RowsPlan(Plan):
     def __init__(
         self,
         statement: Executable,
-        rows: Sequence[Mapping[str, Any]],
+        parameters: Parameters,
         tables: tuple[ShardedTable, ...],
         positions: Sequence[int],
         *,
         ordered: bool,
-        made: Any = None,
+        made: Callable[[list[int]], ShardPart] | None = None,
     ) -> None:
         """``made`` makes the part of some rows, for rows that are in the statement and not in the parameters;
         ``ordered`` says whether each row returns one, in order."""
-        super().__init__(statement, rows, tables, writes=True)
+        super().__init__(statement, parameters, tables, writes=True)
         self._positions = positions
         self._ordered = ordered
         self._made = made
@@ -140,7 +140,6 @@ class RowsPlan(Plan):
 
     def _part(self, numbers: list[int]) -> ShardPart:
         if self._made is not None:
-            part: ShardPart = self._made(numbers)
-            return part
+            return self._made(numbers)
         rows: Any = self._parameters
         return ShardPart(self._statement, [rows[number] for number in numbers])

@@ -151,7 +151,7 @@ def plan_values(
 
     upsert = core._post_values_clause is not None
     ordered = bool(core._returning) and not upsert
-    return RowsPlan(statement, [{}] * len(given), (declared,), positions, ordered=ordered, made=made)
+    return RowsPlan(statement, parameters, (declared,), positions, ordered=ordered, made=made)
 
 
 def _values_position(row: Mapping[Any, Any], column: Column[Any]) -> int:
