@@ -7,7 +7,7 @@ import random
 import ssl
 from array import array
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import md5
 from uuid import UUID
 
@@ -15,9 +15,9 @@ import pytest
 
 import shardkit
 from shardkit.core import _pyring
-from shardkit.core.ring import IMPLEMENTATION, Key, Ring
+from shardkit.core.ring import Key, Ring
 
-from .conftest import Versus, each
+from .conftest import Peer, Versus, each
 
 NODES = 16
 VNODES = 128
@@ -55,35 +55,22 @@ def _hashed() -> Ring:
 
 
 PYTHON = f"Python {platform.python_version()}"
-LOOKUPS: dict[str, tuple[str, Callable[[], Callable[[Key], object]]]] = {
-    "shardkit": (f"{shardkit.__version__} {IMPLEMENTATION}", lambda: _hashed().owner),
-    "shardkit's twin in Python": (
-        PYTHON,
-        lambda: _pyring.Ring(_hashed().tokens, _hashed().owners_by_token).owner,
-    ),
-    "md5 and bisect": (f"{PYTHON}, {ssl.OPENSSL_VERSION}", lambda: Md5Ring(NODES, VNODES).owner),
-    "an empty call: callable(key)": (PYTHON, lambda: callable),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("who", LOOKUPS)
-def test_lookup(versus: Versus, kind: str, who: str) -> None:
-    version, make = LOOKUPS[who]
-    versus(f"owner of {kind}", who, version, each(make(), KINDS[kind]), times=KEYS)
+def test_lookup(versus: Versus, kind: str) -> None:
+    keys = KINDS[kind]
+    ring = _hashed()
+    twin = _pyring.Ring(ring.tokens, ring.owners_by_token)
+    peers = {
+        "an empty call, callable(key)": Peer(PYTHON, each(callable, keys)),
+        "md5 and bisect": Peer(f"{PYTHON}, {ssl.OPENSSL_VERSION}", each(Md5Ring(NODES, VNODES).owner, keys)),
+        "shardkit's twin in Python": Peer(PYTHON, each(twin.owner, keys)),
+    }
+    versus(f"owner of {kind}", each(ring.owner, keys), peers, times=KEYS)
 
 
-def test_batch_of_a_ring(versus: Versus) -> None:
+def test_batch(versus: Versus) -> None:
     ring, keys = _hashed(), array("q", INTS)
-    versus("owners of 10,000 ints", "shardkit", LOOKUPS["shardkit"][0], lambda: ring.owners(keys), times=KEYS)
-
-
-def test_batch_one_by_one(versus: Versus) -> None:
-    ring, keys = _hashed(), array("q", INTS)
-    versus(
-        "owners of 10,000 ints",
-        "shardkit, a call a key",
-        LOOKUPS["shardkit"][0],
-        lambda: array("H", map(ring.owner, keys)),
-        times=KEYS,
-    )
+    peers = {"shardkit, a call a key": Peer(shardkit.__version__, lambda: array("H", map(ring.owner, keys)))}
+    versus("owners of 10,000 ints", lambda: ring.owners(keys), peers, times=KEYS)

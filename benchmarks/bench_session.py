@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
+from typing import NamedTuple
 
 import pytest
 import sqlalchemy
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import Session, sessionmaker
 
-import shardkit
+from shardkit import ShardSession
 from shardkit.dev import Clusters
 from shardkit.storage.urls import sqlalchemy_url
 from tests.sharded import Base, Post, ShardedCluster, User
 
-from .conftest import Versus
+from .conftest import Peer, Run, Versus
 
 USERS = 200
 POSTS = 10
 
-Work = Callable[[], object]
+Maker = sessionmaker[Session] | sessionmaker[ShardSession]
+
+
+class Sides(NamedTuple):
+    """Sessions over the same users and posts: on two shards, and on one plain database of the same server."""
+
+    sharded: sessionmaker[ShardSession]
+    plain: sessionmaker[Session]
 
 
 @pytest.fixture(scope="module")
-def sessions(servers: Clusters) -> Iterator[dict[str, tuple[str, sessionmaker[Session]]]]:
-    """A factory of sessions each over the same users and posts, with its version; all on one server."""
+def sides(servers: Clusters) -> Iterator[Sides]:
     urls = [servers[0].create_database(f"bench_{name}") for name in ("catalog", "s0", "s1", "plain")]
     sharded = ShardedCluster(urls[0], urls[1:3])
     engine = create_engine(sqlalchemy_url(urls[3]))
     Base.metadata.create_all(engine)
     cluster = sharded.connect()
-    found: dict[str, tuple[str, sessionmaker[Session]]] = {
-        "shardkit": (shardkit.__version__, cluster.sessionmaker()),  # type: ignore[dict-item]  # a subclass
-        "plain SQLAlchemy": (sqlalchemy.__version__, sessionmaker(engine)),
-    }
-    for _, make in found.values():
+    found = Sides(cluster.sessionmaker(), sessionmaker(engine))
+    for make in found:
         for user_id in range(USERS):
             with make.begin() as session:
                 session.add(User(id=user_id, name=f"user {user_id}"))
@@ -51,7 +55,7 @@ def sessions(servers: Clusters) -> Iterator[dict[str, tuple[str, sessionmaker[Se
 _ids = count(1_000_000)
 
 
-def _get(make: sessionmaker[Session]) -> Work:
+def _get(make: Maker) -> Run:
     ids = count()
 
     def work() -> None:
@@ -61,7 +65,7 @@ def _get(make: sessionmaker[Session]) -> Work:
     return work
 
 
-def _feed(make: sessionmaker[Session]) -> Work:
+def _feed(make: Maker) -> Run:
     ids = count()
 
     def work() -> None:
@@ -74,7 +78,7 @@ def _feed(make: sessionmaker[Session]) -> Work:
     return work
 
 
-def _insert(make: sessionmaker[Session]) -> Work:
+def _insert(make: Maker) -> Run:
     def work() -> None:
         with make.begin() as session:
             session.add(User(id=next(_ids), name="new"))
@@ -82,7 +86,7 @@ def _insert(make: sessionmaker[Session]) -> Work:
     return work
 
 
-def _update(make: sessionmaker[Session]) -> Work:
+def _update(make: Maker) -> Run:
     ids = count()
 
     def work() -> None:
@@ -92,7 +96,7 @@ def _update(make: sessionmaker[Session]) -> Work:
     return work
 
 
-def _count(make: sessionmaker[Session]) -> Work:
+def _count(make: Maker) -> Run:
     def work() -> None:
         with make() as session:
             assert session.scalar(select(func.count()).select_from(Post)) == USERS * POSTS
@@ -110,9 +114,6 @@ WORK = {
 
 
 @pytest.mark.parametrize("what", WORK)
-@pytest.mark.parametrize("who", ["shardkit", "plain SQLAlchemy"])
-def test_session(
-    versus: Versus, sessions: dict[str, tuple[str, sessionmaker[Session]]], what: str, who: str
-) -> None:
-    version, make = sessions[who]
-    versus(what, who, version, WORK[what](make))
+def test_session(versus: Versus, sides: Sides, what: str) -> None:
+    work = WORK[what]
+    versus(what, work(sides.sharded), {"plain SQLAlchemy": Peer(sqlalchemy.__version__, work(sides.plain))})

@@ -1,37 +1,74 @@
-"""What every benchmark gets: the tests' servers, and `versus`, by which it says what it measures against what."""
+"""What every benchmark gets: the tests' servers, and `versus`, which measures shardkit and its peers in turns."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 
+import shardkit
+from shardkit.core.ring import IMPLEMENTATION
+
 pytest_plugins = ["tests.fix_postgres"]
+
+SECONDS = 2.0
+"""About so long each comparison runs."""
+ROUNDS = range(10, 2000)
+
+Run = Callable[[], object]
+
+
+class Peer(NamedTuple):
+    """What shardkit is compared with: its version, and the same work done by it."""
+
+    version: str
+    run: Run
 
 
 class Versus(Protocol):
-    def __call__(
-        self, group: str, who: str, version: str, run: Callable[[], Any], *, times: int = 1
-    ) -> None: ...
+    def __call__(self, what: str, run: Run, peers: Mapping[str, Peer], *, times: int = 1) -> None: ...
 
 
 @pytest.fixture
 def versus(benchmark: Any) -> Versus:
-    """`versus(group, who, version, run, times=1)` measures `run`, which does its work `times` times.
+    """`versus(what, run, peers, times=1)`: each does its work `times` times a call.
 
-    Those of one group are compared with each other by `benchmarks/run.py`; "shardkit" is compared with each.
+    They take turns, a call each, so that whatever else the machine does meets all of them alike.
     """
 
-    def measure(group: str, who: str, version: str, run: Callable[[], Any], *, times: int = 1) -> None:
-        benchmark.group = group
-        benchmark.extra_info.update(who=who, version=version, times=times)
-        benchmark(run)
+    def measure(what: str, run: Run, peers: Mapping[str, Peer], *, times: int = 1) -> None:
+        took: dict[str, list[float]] = {who: [] for who in peers}
+
+        def peers_first() -> None:
+            for who, peer in peers.items():
+                took[who].append(_timed(peer.run))
+
+        one_round = [_timed(run) + sum(_timed(peer.run) for peer in peers.values()) for _ in range(3)]
+        rounds = max(ROUNDS.start, min(ROUNDS.stop, int(SECONDS / min(one_round))))
+        benchmark.pedantic(run, setup=peers_first, rounds=rounds, iterations=1)
+        benchmark.extra_info.update(
+            what=what,
+            times=times,
+            version=f"{shardkit.__version__} {IMPLEMENTATION}",
+            peers={
+                who: {"version": peers[who].version, "median": median(all_), "min": min(all_)}
+                for who, all_ in took.items()
+            },
+        )
 
     return measure
 
 
-def each(function: Callable[[Any], Any], keys: Iterable[Any]) -> Callable[[], Any]:
+def _timed(run: Run) -> float:
+    began = perf_counter()
+    run()
+    return perf_counter() - began
+
+
+def each(function: Callable[[Any], object], keys: Iterable[Any]) -> Run:
     """Calls `function` with each key, in C: the loop costs the same few nanoseconds whatever is called."""
     return lambda: deque(map(function, keys), maxlen=0)
