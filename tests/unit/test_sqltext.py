@@ -1,0 +1,92 @@
+"""Transaction commands in SQL text: found where they are statements, left alone where they are words."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardkit.storage.sqltext import Control, control
+
+HARMLESS = [
+    "",
+    "SELECT 1",
+    "SELECT 'commit'",
+    "SELECT 'it''s; commit'",
+    r"SELECT E'\'; commit; --'",
+    'SELECT 1 AS "commit; rollback"',
+    'SELECT 1 AS "a"";commit"',
+    "SELECT $$ ; commit; $$",
+    "SELECT $tag$ ; commit; $$ ; $tag$",
+    "DO $body$ BEGIN PERFORM 1; COMMIT; END $body$",
+    "SELECT 1 -- ; commit",
+    "SELECT 1 /* ; commit /* ; rollback */ ; end */",
+    "SELECT CASE WHEN true THEN 1 END",
+    "SELECT commit FROM begin",
+    "INSERT INTO commits VALUES (%(end)s)",
+    "SAVEPOINT begin",
+    "RELEASE SAVEPOINT commit",
+    "PREPARE plan AS SELECT 1",
+    "SET TRANSACTION READ ONLY",
+    "SELECT $1; SELECT $2",
+    "LOCK TABLE ends",
+]
+ENDING = [
+    "COMMIT",
+    "commit;",
+    "  \n\tCommit",
+    "END",
+    "ABORT",
+    "BEGIN",
+    "START TRANSACTION",
+    "ROLLBACK",
+    "ROLLBACK WORK",
+    "rollback transaction",
+    "ROLLBACK AND CHAIN",
+    "ROLLBACK PREPARED 'x'",
+    "COMMIT PREPARED 'x'",
+    "PREPARE TRANSACTION 'x'",
+    "SELECT 1; COMMIT; SELECT 2",
+    ";;commit",
+    "/* a */ -- b\n commit",
+    "/* /* nested */ */ commit",
+    "SELECT '--'; commit",
+    "SELECT $$x$$; commit",
+    "SELECT nameE'x\\'; commit; --'",
+    "SELECT 1 AS é; commit",
+    "SELECT 'never closed; commit",
+    "SELECT $tag$ never closed; commit",
+    "SELECT x$1$; commit; $1$",
+]
+UNWINDING = [
+    "ROLLBACK TO x",
+    "rollback to savepoint x",
+    "ROLLBACK WORK TO x",
+    "SELECT 1; ROLLBACK TRANSACTION TO x",
+]
+
+
+@pytest.mark.parametrize("text", HARMLESS)
+def test_harmless(text: str) -> None:
+    assert control(text) is Control.NONE
+
+
+@pytest.mark.parametrize("text", ENDING)
+def test_ending(text: str) -> None:
+    assert control(text) is Control.END
+
+
+@pytest.mark.parametrize("text", UNWINDING)
+def test_unwinding(text: str) -> None:
+    assert control(text) is Control.UNWIND
+
+
+def test_the_gravest_counts() -> None:
+    assert control("ROLLBACK TO x; COMMIT") is Control.END
+
+
+def test_a_comment_that_is_never_closed_hides_nothing_that_the_server_would_run() -> None:
+    assert control("SELECT 1; /* never closed; commit") is Control.NONE
+
+
+def test_texts_too_long_to_keep() -> None:
+    assert control("SELECT 1; " * 20_000 + "COMMIT") is Control.END
+    assert control("SELECT 'commit'; " * 20_000) is Control.NONE
