@@ -41,7 +41,12 @@ class Section:
         }
 
     def console(self) -> list[str]:
-        return [line for language, content, _ in self.blocks if language == "console" for line in content.splitlines()]
+        return [
+            line
+            for language, content, _ in self.blocks
+            if language == "console"
+            for line in content.splitlines()
+        ]
 
     def commands(self) -> list[str]:
         return [line.removeprefix("$ ") for line in self.console() if line.startswith("$ ")]
@@ -134,7 +139,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("quickstart")
     for name, content in section.files().items():
         (folder / name).write_text(content)
-    for name, heading in (("later_async.py", "With asyncio"), ("later_refused.py", "What the session refuses")):
+    for name, heading in (
+        ("later_async.py", "With asyncio"),
+        ("later_refused.py", "What the session refuses"),
+    ):
         (content,) = found[heading].python()
         (folder / name).write_text(content)
     start, *commands = section.commands()
@@ -156,7 +164,9 @@ def test_the_quickstart_prints_what_it_shows(quickstart: tuple[Path, str]) -> No
 
 def test_the_writer_of_the_quickstart_loses_nothing(quickstart: tuple[Path, str]) -> None:
     folder, _ = quickstart
-    told = re.fullmatch(r"([\d,]+) posts acknowledged, ([\d,]+) found; .*\n", (folder / "writer.log").read_text())
+    told = re.fullmatch(
+        r"([\d,]+) posts acknowledged, ([\d,]+) found; .*\n", (folder / "writer.log").read_text()
+    )
     assert told is not None
     written, found = told.groups()
     assert written == found != "0"
