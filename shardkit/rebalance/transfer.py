@@ -367,7 +367,18 @@ class TransferRun:
 
     # --- the decision ----------------------------------------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """Finish or discard what is pending; a cutover of this transfer opens without its subscription."""
+        with self.around.changing:
+            change.settle(
+                self.catalog,
+                self.shards,
+                on_open=lambda target: replication.set_enabled(target, self.name, False),
+            )
+
     def _cut_over(self) -> Event:
+        # What a lost connection left pending may be the decision: nothing is prepared or compared again after it.
+        self._settle()
         if self._decided():
             return Event.DECIDED
         if not self._same_servers():
@@ -456,6 +467,7 @@ class TransferRun:
             nonlocal done
             done += rows
             self.track.update(rows=self.track.now.rows + rows)
+            failpoint(f"{self.row.phase.value}.batch")
             self.around.pause(0)
 
         while True:
@@ -495,8 +507,7 @@ class TransferRun:
         # Written on the source first: a decision by an older mover is now made already or can never be.
         with transaction(self.source, ("synchronous_commit", "on")):
             change.claim(self.source, self.around.token)
-        with self.around.changing:
-            change.settle(self.catalog, self.shards)
+        self._settle()
         if self._decided():
             return Event.DECIDED
         self._drop_replication()
