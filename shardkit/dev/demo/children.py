@@ -26,8 +26,8 @@ from shardkit.dev.processes import launcher
 from .client import Configuration
 from .outcome import ClientReport
 
-SHARDKIT = (sys.executable, "-c", "from shardkit.cli import main; main()")
-"""The command `shardkit`, wherever it is installed."""
+SHARDKIT = (sys.executable, "-m", "shardkit")
+"""The program `shardkit` of this interpreter, wherever its script is installed."""
 _ENDING = 60.0
 """Seconds that a client may take to end what it is doing."""
 _TAIL = 2000
@@ -97,7 +97,12 @@ class ClientProcess:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 launcher(
-                    None, signal.SIGKILL, sys.executable, "-m", "shardkit.dev.demo.client", configuration.dump()
+                    None,
+                    signal.SIGKILL,
+                    sys.executable,
+                    "-m",
+                    "shardkit.dev.demo.client",
+                    configuration.dump(),
                 ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -99,5 +99,7 @@ def _legend(topology: Topology, palette: Palette) -> list[Text]:
         share = topology.owned(shard.id).width / 2**64
         arcs = len(topology.owned(shard.id))
         noun = "arc" if arcs == 1 else "arcs"
-        lines.append(Text.assemble(palette.text(shard.name, 2), f" {shard.name} {share:7.2%} in {arcs} {noun}"))
+        lines.append(
+            Text.assemble(palette.text(shard.name, 2), f" {shard.name} {share:7.2%} in {arcs} {noun}")
+        )
     return lines

@@ -52,7 +52,9 @@ def count_rows(topology: Topology) -> dict[str, dict[str, int]]:
     for shard in topology.shards:
         with connect_shard(shard.url, shard.name) as connection:
             counts[shard.name] = {
-                name: value(connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier("public", name)))
+                name: value(
+                    connection, sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier("public", name))
+                )
                 for name in MODELS
             }
     return counts

@@ -67,7 +67,9 @@ class Measures:
         return [ended - began for began, ended in pairs if began < last and ended > first]
 
 
-def by_phase(all_measures: Iterable[Measures], phases: Mapping[str, tuple[float, float]]) -> dict[str, Latency]:
+def by_phase(
+    all_measures: Iterable[Measures], phases: Mapping[str, tuple[float, float]]
+) -> dict[str, Latency]:
     """The latency in each phase, which is a span of the shared clock. An operation that is under way when a phase
     ends belongs to both: a pause at a border is in the numbers of each side."""
     kept = list(all_measures)

@@ -26,6 +26,10 @@ class Narrator:
         """One line."""
         self._console.print(Text.assemble((f"{self.elapsed():6.1f} s  ", "dim"), text), soft_wrap=True)
 
+    def restore(self) -> None:
+        """Show the cursor that a killed program has hidden."""
+        self._console.show_cursor()
+
     def wait(self, seconds: float, told: Callable[[], str]) -> None:
         """Let time pass; on a terminal ``told()`` is shown meanwhile."""
         until = time.monotonic() + seconds

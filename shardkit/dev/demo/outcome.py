@@ -12,9 +12,13 @@ from shardkit.core.placement import quotas
 from shardkit.core.topology import Topology
 from shardkit.storage.catalog import TransferRow
 
+from .content import KEY_COLUMNS
 from .findings import Findings
 from .measures import Measures, by_phase
 from .report import Check, Report, Rows, TransferReport
+
+SLOT = 1 << SLOT_BITS
+"""Positions of a slot."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,16 @@ class Move:
     @property
     def positions_minimum(self) -> int:
         """The least that had to move: what the shards held above their quota."""
-        held = {shard.id: self.before.owned(shard.id).width >> SLOT_BITS for shard in self.before.shards}
+        held = {shard.id: self.before.owned(shard.id).width // SLOT for shard in self.before.shards}
         wanted = quotas({shard.id: shard.weight for shard in self.after.shards}, held)
-        return sum(max(0, slots - wanted[shard_id]) for shard_id, slots in held.items()) << SLOT_BITS
+        return sum(max(0, slots - wanted[shard_id]) for shard_id, slots in held.items()) * SLOT
 
     @property
     def unevenness(self) -> float:
         """Slots by which the shard that is farthest from its exact share misses it."""
         total = sum(shard.weight for shard in self.after.shards)
         return max(
-            abs(self.after.owned(shard.id).width / (1 << SLOT_BITS) - SLOTS * shard.weight / total)
+            abs(self.after.owned(shard.id).width / SLOT - SLOTS * shard.weight / total)
             for shard in self.after.shards
         )
 
@@ -122,22 +126,32 @@ class Outcome:
             "misplaced": "every row is on the shard that owns its key",
             "left_over": "the move left nothing behind",
         }
-        checks = [Check(sentence, not counts[kind], f"{counts[kind]:,}") for kind, sentence in sentences.items()]
+        checks = [
+            Check(sentence, not counts[kind], f"{counts[kind]:,}") for kind, sentence in sentences.items()
+        ]
         unfinished = [row.phase for row in move.transfers if row.phase is not Phase.DONE]
         finished = move.status == 0 and bool(move.transfers) and not unfinished
         moved, minimum = move.positions_moved, move.positions_minimum
+        slots = f"{moved / SLOT:,.5g} slots of {SLOTS:,} moved; the minimum is {minimum / SLOT:,.5g}"
         return (
             *checks,
             Check("every client worked in every phase", self._all_worked()),
-            Check("the mover ended well", finished, "" if finished else f"status {move.status}: {move.output}"),
-            Check("moved keys are the theoretical minimum", moved == minimum, f"{moved:,} of {minimum:,} positions"),
+            Check(
+                "the mover ended well", finished, "" if finished else f"status {move.status}: {move.output}"
+            ),
+            Check("no more keys moved than the theoretical minimum", moved == minimum, slots),
             Check("the ring is even", move.unevenness < 1, f"within {move.unevenness:.2f} of a slot"),
-            *(Check(f"a mover was killed in mid-{kill.point}", kill.as_asked, kill.found) for kill in move.kills),
+            *(
+                Check(f"a mover was killed in mid-{kill.point}", kill.as_asked, kill.found)
+                for kill in move.kills
+            ),
         )
 
     def _all_worked(self) -> bool:
         complete = len(self.measures) == len(self.clients)
-        return complete and all(one.durations(*span) for one in self.measures for span in self.phases.values())
+        return complete and all(
+            one.durations(*span) for one in self.measures for span in self.phases.values()
+        )
 
     def report(self, options: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
         """The report of a demo that was run with these options and took these times."""
@@ -152,7 +166,9 @@ class Outcome:
             problems=self.problems(),
             topology_before=move.before,
             topology_after=move.after,
-            rows_before=move.rows_before,
+            rows_before={
+                name: move.rows_before.get(name, dict.fromkeys(KEY_COLUMNS, 0)) for name in self.rows_after
+            },
             rows_after=self.rows_after,
             positions_moved=move.positions_moved,
             positions_minimum=move.positions_minimum,

@@ -86,7 +86,12 @@ class Report:
             "positions_moved": self.positions_moved,
             "positions_minimum": self.positions_minimum,
             "latency_ms": {
-                phase: {"p50": latency.p50, "p99": latency.p99, "max": latency.max, "operations": latency.operations}
+                phase: {
+                    "p50": latency.p50,
+                    "p99": latency.p99,
+                    "max": latency.max,
+                    "operations": latency.operations,
+                }
                 for phase, latency in self.latency.items()
             },
             "cutover_pause_ms": [transfer.pause_ms.get("total") for transfer in self.transfers],
@@ -107,7 +112,9 @@ class Report:
         if self.failed:
             raise DemoFailed(
                 "The demo failed: "
-                + "; ".join(f"{check.name}: {check.found}" if check.found else check.name for check in self.failed),
+                + "; ".join(
+                    f"{check.name}: {check.found}" if check.found else check.name for check in self.failed
+                ),
                 checks=[check.name for check in self.failed],
             )
 
@@ -125,7 +132,8 @@ class Report:
         _section(console, "Rows")
         console.print(self._rows_table())
         console.print(
-            f"  keys moved: {moved:.4%} of all positions; the theoretical minimum is {minimum:.4%}", soft_wrap=True
+            f"  keys moved: {moved:.4%} of all positions; the theoretical minimum is {minimum:.4%}",
+            soft_wrap=True,
         )
         _section(console, "The move")
         console.print(self._transfers_table())
@@ -134,7 +142,9 @@ class Report:
         _section(console, "Checks")
         for check in self.checks:
             mark = Text("ok  ", "green") if check.held else Text("FAIL", "bold red")
-            line = Text.assemble("  ", mark, f"  {check.name}", (f": {check.found}" if check.found else "", "dim"))
+            line = Text.assemble(
+                "  ", mark, f"  {check.name}", (f": {check.found}" if check.found else "", "dim")
+            )
             console.print(line, soft_wrap=True)
         for kind, found in self.problems.items():
             for sentence in found[:_SHOWN]:
@@ -143,14 +153,16 @@ class Report:
     def _rows_table(self) -> Table:
         table = _table("shard", *KEY_COLUMNS, "all")
         for name in self.rows_after:
-            before, after = self.rows_before.get(name, {}), self.rows_after[name]
-            cells = [_change(before.get(each, 0), after[each]) for each in KEY_COLUMNS]
+            before, after = self.rows_before[name], self.rows_after[name]
+            cells = [_change(before[each], after[each]) for each in KEY_COLUMNS]
             table.add_row(name, *cells, _change(sum(before.values()), sum(after.values())))
         return table
 
     def _transfers_table(self) -> Table:
         parts = ("lock", "catch_up", "verify", "decide", "open")
-        table = _table("transfer", "phase", "rows", "copied in", "write pause", *(p.replace("_", " ") for p in parts))
+        table = _table(
+            "transfer", "phase", "rows", "copied in", "write pause", *(p.replace("_", " ") for p in parts)
+        )
         for transfer in self.transfers:
             pause = transfer.pause_ms
             table.add_row(

@@ -43,7 +43,7 @@ _USERS_A_WORKER = 20
 KILL_POINTS: dict[str, tuple[str, Phase]] = {
     "copy": ("copying.poll", Phase.COPYING),
     # A transfer deletes in one batch a table or more, so some of its rows are gone and some are not.
-    "purge": ("purge.batch:2", Phase.PURGING),
+    "purge": ("purging.batch:2", Phase.PURGING),
 }
 """Where a mover is killed on request: the failpoint, and the phase that a transfer is then found in."""
 
@@ -62,7 +62,9 @@ class Options:
     def check(self) -> None:
         """`UsageError` for what cannot be run."""
         if unknown := [point for point in self.kill_mover if point not in KILL_POINTS]:
-            raise UsageError(f"A mover cannot be killed in {unknown[0]!r}: it is one of {', '.join(KILL_POINTS)}.")
+            raise UsageError(
+                f"A mover cannot be killed in {unknown[0]!r}: it is one of {', '.join(KILL_POINTS)}."
+            )
         if self.clients < 1 or self.seconds <= 0:
             raise UsageError("The demo needs a client and some seconds.")
         if self.users < _USERS_A_WORKER * self.layout.workers:
@@ -157,7 +159,9 @@ class Demo:
         self._tell_command(arguments)
         ended = command(*arguments, "--json", quiet=True)
         if ended.status:
-            raise DemoFailed(f"`shardkit {' '.join(arguments)}` ended with status {ended.status}:\n{ended.output}")
+            raise DemoFailed(
+                f"`shardkit {' '.join(arguments)}` ended with status {ended.status}:\n{ended.output}"
+            )
 
     def _tell_command(self, arguments: Sequence[str]) -> None:
         self._narrator.say(f"$ shardkit {' '.join(arguments)}")
@@ -186,7 +190,7 @@ class Demo:
 
     def _add_shard(self, started: Sequence[ClientProcess]) -> Move:
         with Catalog.open(self._catalog) as catalog:
-            before = _current(catalog)
+            before, job_before = _current(catalog), catalog.latest_job()
             rows_before = endcheck.count_rows(before)
             kills = list(self._options.kill_mover)
             ended = self._mover(kills, "shard", "add", "s3", self._urls[2], "--models", MODELS, "--yes")
@@ -199,14 +203,18 @@ class Demo:
                 ended = self._mover(kills, "rebalance", "resume")
             self._narrator.say(f"during: {_tally(started)}")
             job = catalog.latest_job()
-            transfers = catalog.transfers(job.id) if job else []
+            # One that could not even start is no job, and the latest is another one's.
+            transfers = catalog.transfers(job.id) if job and job != job_before else []
             return Move(before, _current(catalog), rows_before, transfers, ended.status, ended.output, killed)
 
     def _mover(self, kills: Sequence[str], *arguments: str) -> Ended:
         """Run a mover in a process of its own, to be killed at the first of ``kills`` if there is one."""
         self._tell_command(arguments)
         armed = {"SHARDKIT_FAILPOINT": KILL_POINTS[kills[0]][0]} if kills else {}
-        return command(*arguments, "--json", extra=armed)
+        try:
+            return command(*arguments, "--json", extra=armed)
+        finally:
+            self._narrator.restore()
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -239,7 +247,9 @@ def _killed(catalog: Catalog, point: str, ended: Ended) -> Kill:
     """What became of a mover that was to be killed: where the transfers stood after it."""
     job = catalog.running_job()
     phases = [row.phase for row in catalog.transfers(job.id)] if job else []
-    return Kill(point, ended.killed and KILL_POINTS[point][1] in phases, ", ".join(phases) or "no unfinished job")
+    return Kill(
+        point, ended.killed and KILL_POINTS[point][1] in phases, ", ".join(phases) or "no unfinished job"
+    )
 
 
 def _told(client: ClientProcess) -> ClientReport:
