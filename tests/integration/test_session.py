@@ -1,22 +1,402 @@
-"""The session over two shards: what an ORM user does every day."""
+"""The session over three shards: what an ORM user does every day."""
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Table,
+    delete,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, NoResultFound
+from sqlalchemy.ext.asyncio import AsyncAttrs
+from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship, selectinload
 
 import shardkit
-from tests.sharded import Post, ShardedCluster, User
+from shardkit.core.errors import KeyTypeError, NoSuchShard, NotInitialised, UnroutableQuery, UsageError
+from shardkit.storage.connections import connect
+from tests.fix_postgres import FreshDatabase
+from tests.sharded import Base, Post, ShardedCluster, User, until
 
 
-def test_rows_land_on_the_owner_of_their_key(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
-    Session = cluster.sessionmaker()
-    for name in ("s0", "s1"):
-        (key,) = sharded.keys(name, 1)
-        with Session() as session:
-            session.add(User(id=key, name=name, posts=[Post(id=1, caption="first")]))
+@pytest.fixture
+def keys(sharded: ShardedCluster) -> list[int]:
+    """A user with two posts on each shard, by the session itself."""
+    keys = [sharded.keys(name, 1)[0] for name in ("s0", "s1", "s2")]
+    with sharded.connect() as cluster:
+        for key in keys:
+            with cluster.sessionmaker()() as session:
+                posts = [Post(id=number, caption=f"post {number}") for number in (1, 2)]
+                session.add(User(id=key, name=f"user {key}", score=key, posts=posts))
+                session.commit()
+    return keys
+
+
+def test_rows_land_on_the_owner_of_their_key(sharded: ShardedCluster, keys: list[int]) -> None:
+    for name, key in zip(("s0", "s1", "s2"), keys, strict=True):
+        assert sharded.query(name, "SELECT id FROM public.users") == [(key,)]
+        posts = sharded.query(name, "SELECT user_id, id FROM public.posts ORDER BY id")
+        assert posts == [(key, 1), (key, 2)]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_get(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        for key in keys:
+            user = session.get(User, key)
+            assert user is session.get_one(User, key)
+            assert user.name == f"user {key}"
+            assert session.get_one(Post, (key, 2)).user is user
+        assert session.get(User, -1) is None
+        with pytest.raises(NoResultFound):
+            session.get_one(User, -1)
+
+
+def test_identity_keys_hold_no_shard(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        for user in session.scalars(select(User)):
+            assert inspect(user).identity_token is None
+
+
+def test_select_by_key(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        for key in keys:
+            assert session.scalar(select(User.name).where(User.id == key)) == f"user {key}"
+            assert session.scalars(
+                select(Post.id).where(Post.user_id == key).order_by(Post.id.desc())
+            ).all() == [2, 1]
+            joined = select(User.name, Post.id).join(Post, Post.user_id == User.id).where(User.id == key)
+            assert len(session.execute(joined).all()) == 2
+
+
+def test_a_statement_is_sent_to_one_shard_alone(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    touched: list[str] = []
+    for shard in cluster.topology.shards:
+        engine = cluster.engines.shard(shard)
+        event.listen(engine, "begin", lambda _, name=shard.name: touched.append(name))
+    with cluster.sessionmaker()() as session:
+        session.get(User, keys[1])
+        session.commit()
+        assert touched == ["s1"]
+        session.scalars(select(User)).all()
+    assert touched == ["s1", "s0", "s1", "s2"]
+
+
+def test_loading_of_relationships(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        for key in keys:
+            assert [post.id for post in session.get_one(User, key).posts] == [1, 2]
+        session.expunge_all()
+        for option in (selectinload(User.posts), joinedload(User.posts)):
+            for key in keys:
+                user = session.scalars(select(User).where(User.id == key).options(option)).unique().one()
+                assert "posts" in inspect(user).dict
+                assert [post.id for post in user.posts] == [1, 2]
+            session.expunge_all()
+
+
+def test_loading_for_instances_of_several_shards(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    """The second statement of a selectin load asks for all keys at once: each shard for its own."""
+    with cluster.sessionmaker()() as session:
+        posts = session.scalars(select(Post).options(selectinload(Post.user))).all()
+        assert len(posts) == 6
+        assert {inspect(post).dict["user"].id for post in posts} == set(keys)
+
+
+def test_a_scatter(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        assert sorted(session.scalars(select(User.id))) == sorted(keys)
+        assert len(session.execute(select(User, Post).join(User.posts)).all()) == 6
+        assert session.scalar(select(func.count()).select_from(Post)) == 6
+        assert session.scalar(select(func.sum(User.score))) == sum(keys)
+        assert session.execute(select(func.min(User.id), func.max(User.id))).one() == (min(keys), max(keys))
+        assert sorted(session.scalars(select(User.id).where(User.id.in_(keys[:2])))) == sorted(keys[:2])
+        assert session.scalars(select(User).where(User.name == "nobody")).all() == []
+
+
+@contextmanager
+def locked(sharded: ShardedCluster) -> Iterator[None]:
+    """The users of every shard are locked by somebody."""
+    with ExitStack() as stack:
+        for shard in sharded.topology.shards:
+            connection = stack.enter_context(connect(shard.url))
+            stack.enter_context(connection.transaction())
+            connection.execute("LOCK TABLE public.users IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+def _all_wait(sharded: ShardedCluster) -> bool:
+    waiting = "SELECT FROM pg_locks WHERE NOT granted AND relation = 'public.users'::regclass"
+    return len(sharded.holding(waiting)) == 3
+
+
+def test_shards_of_a_scatter_run_at_the_same_time(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    def read() -> list[int]:
+        with cluster.sessionmaker()() as session:
+            return sorted(session.scalars(select(User.id)))
+
+    with ThreadPoolExecutor(1) as thread:
+        with locked(sharded):
+            reading = thread.submit(read)
+            until(lambda: _all_wait(sharded), "every shard is asked")
+        assert reading.result(20) == sorted(keys)
+
+
+def test_streaming(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        by_key = select(Post.id).where(Post.user_id == keys[0]).order_by(Post.id)
+        assert list(session.scalars(by_key.execution_options(yield_per=1))) == [1, 2]
+        assert [
+            len(part) for part in session.scalars(by_key.execution_options(yield_per=1)).partitions()
+        ] == [1, 1]
+
+
+def test_refusals_are_the_planners(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        for statement in (select(User).order_by(User.name), select(User).limit(1), text("SELECT 1")):
+            with pytest.raises(UnroutableQuery):
+                session.execute(statement)
+        assert session.scalar(select(User.name).where(User.id == keys[0])) == f"user {keys[0]}"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_of_work(sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    key = keys[1]
+    with cluster.sessionmaker()() as session:
+        user = session.get_one(User, key)
+        user.name = "changed"
+        user.posts.append(Post(id=3, caption="third"))
+        session.delete(user.posts[0])
+        session.flush()
+        assert session.scalars(select(Post.id).where(Post.user_id == key).order_by(Post.id)).all() == [2, 3]
+        session.commit()
+        assert [post.id for post in user.posts] == [2, 3]
+        session.delete(user)
+        session.commit()
+    assert sharded.query("s1", "SELECT FROM public.posts") == []
+    assert sharded.query("s1", "SELECT FROM public.users") == []
+
+
+def test_a_rollback(sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        user = session.get_one(User, keys[0])
+        user.name = "changed"
+        session.flush()
+        session.rollback()
+        assert user.name == f"user {keys[0]}"
+
+
+def test_savepoints(sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        user = session.get_one(User, keys[0])
+        user.name = "outer"
+        with pytest.raises(DBAPIError), session.begin_nested():
+            session.execute(insert(Post).values(user_id=keys[0], id=1, caption="twice"))
+        with session.begin_nested():
+            user.posts.append(Post(id=3, caption="third"))
+        with session.begin_nested() as nested:
+            session.execute(update(User).where(User.id == keys[0]).values(score=99))
+            nested.rollback()
+        session.commit()
+    assert sharded.query("s0", "SELECT name, score FROM public.users") == [("outer", keys[0])]
+    assert sharded.query("s0", "SELECT count(*) FROM public.posts") == [(3,)]
+
+
+def test_statements_that_write(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    key = keys[2]
+    with cluster.sessionmaker()() as session:
+        user = session.get_one(User, key)
+        updated = session.execute(update(User).where(User.id == key).values(name="changed"))
+        assert updated.rowcount == 1
+        assert user.name == "changed"
+        returned = update(User).where(User.id == key).values(score=User.score + 1).returning(User)
+        assert session.scalars(returned).all() == [user]
+        assert user.score == key + 1
+        assert session.execute(delete(Post).where(Post.user_id == key, Post.id == 1)).rowcount == 1
+        inserted = insert(Post).values(user_id=key, id=5, caption="x").returning(Post.id)
+        assert session.scalars(inserted).one() == 5
+        session.execute(insert(Post), [{"user_id": key, "id": number, "caption": "x"} for number in (6, 7)])
+        session.execute(update(Post), [{"user_id": key, "id": number, "caption": "y"} for number in (6, 7)])
+        session.commit()
+    found = sharded.query("s2", "SELECT id, caption FROM public.posts ORDER BY id")
+    assert found == [(2, "post 2"), (5, "x"), (6, "y"), (7, "y")]
+
+
+def test_bulk_over_all_shards(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    rows = [{"user_id": key, "id": 10 + number, "caption": "bulk"} for number in range(5) for key in keys]
+    with cluster.sessionmaker(mode="best_effort")() as session:
+        returning = session.scalars(insert(Post).returning(Post, sort_by_parameter_order=True), rows)
+        assert [(post.user_id, post.id) for post in returning] == [
+            (row["user_id"], row["id"]) for row in rows
+        ]
+        session.execute(update(Post), [{**row, "caption": "changed"} for row in rows])
+        session.commit()
+    for name in ("s0", "s1", "s2"):
+        assert sharded.query(name, "SELECT count(*) FROM public.posts WHERE caption = 'changed'") == [(5,)]
+
+
+def test_merge_expire_and_refresh(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    with cluster.sessionmaker()() as session:
+        user = session.get_one(User, keys[0])
+        session.commit()
+        admin = sharded.admin("s0")
+        admin.execute("UPDATE public.users SET name = 'behind' WHERE id = %s", (keys[0],))
+        assert user.name == "behind"
+        admin.execute("UPDATE public.users SET name = 'again' WHERE id = %s", (keys[0],))
+        session.refresh(user)
+        assert user.name == "again"
+        session.expire(user, ["name"])
+        assert user.name == "again"
+        assert session.merge(User(id=keys[0], name="merged")) is user
+        session.commit()
+    assert sharded.query("s0", "SELECT name FROM public.users") == [("merged",)]
+
+
+def test_a_detached_object_is_written_where_its_key_lives(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    Session = cluster.sessionmaker(expire_on_commit=False)
+    with Session() as session:
+        user = session.get_one(User, keys[0])
+    sharded.move_key(keys[0])
+    user.name = "detached"
+    with Session() as session:
+        session.add(user)
+        session.commit()
+    assert sharded.holding("SELECT FROM public.users WHERE name = 'detached'") == [sharded.owner(keys[0])]
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [None, "5", 5.0, True, 2**63])
+def test_what_is_no_key(cluster: shardkit.ShardCluster, key: Any) -> None:
+    with cluster.sessionmaker()() as session:
+        session.add(User(id=key, name="x"))
+        with pytest.raises(KeyTypeError):
+            session.flush()
+
+
+def test_a_changed_key(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    with cluster.sessionmaker()() as session:
+        session.get_one(User, keys[0]).id = 77
+        with pytest.raises(UnroutableQuery):
+            session.flush()
+
+
+def test_an_explicit_shard(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
+    # Text is taken for a write unless it says that it is none.
+    count = text("SELECT count(*) FROM public.users").execution_options(shardkit_writes=False)
+    with cluster.sessionmaker()() as session:
+        assert session.connection(key=keys[0]) is session.connection(shard="s0")
+        assert session.connection(shard="s1").execute(count).scalar() == 1
+        assert session.execute(count, bind_arguments={"shard": "s1"}).scalar() == 1
+        assert session.scalar(count, bind_arguments={"key": keys[2]}) == 1
+        with pytest.raises(NoSuchShard, match="s0, s1, s2"):
+            session.connection(shard="s9")
+        with pytest.raises(KeyTypeError):
+            session.connection(key=1.5)
+
+
+# --- other ways to declare -------------------------------------------------------------------------------------------
+
+
+class Other(DeclarativeBase):
+    pass
+
+
+tags = Table(
+    "tags",
+    Other.metadata,
+    Column("owner_id", BigInteger, ForeignKey("owners.id"), primary_key=True),
+    Column("tag_id", BigInteger, ForeignKey("tag.id"), primary_key=True),
+)
+
+
+@shardkit.sharded(by="id")
+class Tag(Other):
+    __tablename__ = "tag"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+
+
+@shardkit.sharded(by="id")
+class Owner(AsyncAttrs, Other):
+    __tablename__ = "owners"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False, default=lambda: 4711)
+    tags: Mapped[list[Tag]] = relationship(secondary=tags)
+
+
+class Plain(Other):
+    __tablename__ = "plain"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+
+
+def test_a_class_that_is_not_sharded(cluster: shardkit.ShardCluster) -> None:
+    with cluster.sessionmaker()() as session:
+        session.add(Plain(id=1))
+        with pytest.raises((UnroutableQuery, UsageError), match=r"[Pp]lain"):
+            session.flush()
+
+
+def test_a_default_key_is_made_before_the_shard_is_chosen(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster
+) -> None:
+    try:
+        cluster.create_all(Other.metadata, tables=[Other.metadata.tables["owners"]])
+        with cluster.sessionmaker()() as session:
+            owner = Owner()
+            session.add(owner)
             session.commit()
-        assert sharded.holding("SELECT 1 FROM public.users WHERE id = %s", key) == [name]
-        assert sharded.holding("SELECT 1 FROM public.posts WHERE user_id = %s", key) == [name]
-        with Session() as session:
-            assert session.get_one(User, key).name == name
-            assert session.scalars(select(Post).where(Post.user_id == key)).one().caption == "first"
+            assert owner.id == 4711
+        assert sharded.holding("SELECT FROM public.owners WHERE id = 4711") == [sharded.owner(4711)]
+    finally:
+        for shard in sharded.topology.shards:
+            sharded.admin(shard.name).execute("TRUNCATE public.owners")
+
+
+# --- connecting ------------------------------------------------------------------------------------------------------
+
+
+def test_a_database_without_a_catalog(fresh_database: FreshDatabase) -> None:
+    with pytest.raises(NotInitialised):
+        shardkit.connect(fresh_database())
+
+
+def test_a_url_that_does_not_answer() -> None:
+    with pytest.raises(shardkit.errors.CatalogUnreachable):
+        shardkit.connect("postgresql://postgres@127.0.0.1:1/catalog")
+
+
+def test_create_all_again_changes_nothing(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
+    before = sharded.topology.version
+    cluster.create_all(Base.metadata)
+    cluster.declare(Base.metadata)
+    assert sharded.topology.version == before

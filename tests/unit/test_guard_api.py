@@ -79,7 +79,8 @@ def _statements(function: Callable[..., Any]) -> str:
 @pytest.mark.parametrize(
     ("function", "parts"),
     [
-        (_connection_base.BaseConnection._start_query, ["self._autocommit", "transaction_status != IDLE", "_get_tx_start_command"]),
+        (_connection_base.BaseConnection._start_query,
+         ["self._autocommit", "transaction_status != IDLE", "_get_tx_start_command"]),
         (_connection_base.BaseConnection._set_autocommit_gen, ["self._autocommit = bool(value)"]),
         (_connection_base.BaseConnection._commit_gen, ["transaction_status == IDLE", "return", "b'COMMIT'"]),
         (_cursor_base.BaseCursor._start_query, ["self._conn._start_query()"]),
@@ -144,7 +145,7 @@ def test_signatures(function: Any, parameters: list[str]) -> None:
         (bulk_persistence._bulk_insert, ["session_transaction.connection(base_mapper)", "connection_callable"]),
         (bulk_persistence._bulk_update, ["session_transaction.connection(base_mapper)", "connection_callable"]),
         (persistence._connections_for_states, ["connection_callable(base_mapper, state.obj())"]),
-        (SessionTransaction.connection.__wrapped__, ["self.session.get_bind(bindkey, **kwargs)"]),
+        (inspect.unwrap(SessionTransaction.connection), ["self.session.get_bind(bindkey, **kwargs)"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )  # fmt: skip
