@@ -18,7 +18,7 @@ from shardkit.core.ring import IMPLEMENTATION
 
 from . import doctor, failures, init, rebalance, route, schema, shard, status
 from .options import CATALOG_VARIABLE, JSON_VARIABLE
-from .output import narrate, wants_json
+from .output import narrate, wants_json, write
 
 PROGRAM = "shardkit"
 
@@ -64,12 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line; its exit code. Nothing but SystemExit of the interpreter itself passes through."""
     try:
         code = app(list(arguments), prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else EXIT_OK
-    except BrokenPipeError:
-        # Whoever read the result has gone; the interpreter must not fail on it again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
     except Exception as error:
         return _ended_by(error, wants_json(arguments))
 
@@ -79,7 +74,7 @@ def _ended_by(error: Exception, as_json: bool) -> int:
         return EXIT_USAGE
     known, text = failures.report(error)
     if as_json:
-        sys.stdout.write(json.dumps(failures.document(known), indent=2, ensure_ascii=False) + "\n")
+        write(json.dumps(failures.document(known), indent=2, ensure_ascii=False) + "\n")
     narrate(text)
     return known.exit_code
 

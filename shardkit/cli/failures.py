@@ -12,6 +12,7 @@ import traceback
 from typing import Any
 
 import psycopg
+from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from shardkit.core.errors import (
@@ -43,6 +44,11 @@ def understood(error: BaseException) -> ShardkitError:
         return understood(error.orig)
     if isinstance(error, psycopg.Error):
         return _of_server(error)
+    if isinstance(error, CommandError):
+        return Refused(
+            f"The tables of schema shardkit were made by another version of shardkit: {error}",
+            hint="Install that version or a newer one.",
+        )
     if is_faulty_command_line(error):
         return _of_command_line(error)
     return Unexpected(f"{type(error).__name__}: {error}")

@@ -12,13 +12,15 @@ import sys
 from contextlib import ExitStack
 from typing import Any, Self
 
+import psycopg
 from sqlalchemy import MetaData, RootTransaction, create_engine, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from shardkit.core.errors import UsageError
+from shardkit.core.errors import Refused, UsageError
 from shardkit.orm.declare import sharded_table
 from shardkit.storage.connections import Connection
-from shardkit.storage.urls import sqlalchemy_url
+from shardkit.storage.urls import redacted, sqlalchemy_url
 
 METAVAR = "MODULE:ATTR"
 
@@ -77,7 +79,15 @@ class Provisional:
         self._transactions.append(connection.begin())
         # An application's transactions must not queue long behind a foreign key to a table of theirs.
         connection.execute(text("SET LOCAL lock_timeout = '2s'"))
-        self._metadata.create_all(connection, tables=self._tables)
+        try:
+            self._metadata.create_all(connection, tables=self._tables)
+        except DBAPIError as error:
+            if isinstance(error.orig, psycopg.OperationalError):
+                raise  # a lock, or the connection: nothing about the tables
+            raise Refused(
+                f"The tables cannot be created in {redacted(url)}: {_first_line(error.orig)}",
+                hint="Create them there with the migrations or the role that made the others, or correct the models.",
+            ) from error
         # As the other administrative connections have it: definitions are compared as text.
         connection.execute(text("SET LOCAL search_path = pg_catalog"))
         raw = connection.connection.driver_connection
@@ -89,3 +99,7 @@ class Provisional:
         """Keep the tables."""
         for transaction in self._transactions:
             transaction.commit()
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -60,10 +60,22 @@ def wants_json(arguments: Sequence[str]) -> bool:
 def show(document: Document, as_json: bool, draw: Draw) -> None:
     """Print the result."""
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    else:
-        draw(result_console())
-    sys.stdout.flush()
+        write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        return
+    console = result_console()
+    with console.capture() as drawn:
+        draw(console)
+    write(drawn.get())
+
+
+def write(text: str) -> None:
+    """Write a result to stdout. A reader that has gone away is no failure: the work is done."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else the interpreter fails on what is left in its buffer when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def narrate(text: str) -> None:

@@ -134,6 +134,7 @@ def add(
             confirm(planned, yes)
         if not plan_only:
             _join(opened, newcomer)
+            narrate(f"Shard {name} has joined.")
         if runs and plan_job(opened)[1] != placement:
             raise Refused(
                 f"Shard {name} has joined, but the topology changed meanwhile and another plan is due.",
@@ -222,8 +223,6 @@ def _show_added(
             plans.draw(console, plan)
         else:
             jobs.draw(console, job)
-        if joined:
-            console.print(f"Shard {newcomer.name} has joined.", soft_wrap=True)
         next_step(console, todo)
 
     show({"shard": entry, "joined": joined, "plan": plan, "job": job, "next": todo}, as_json, draw)

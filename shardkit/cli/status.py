@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import psycopg
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import ShardUnreachable
+from shardkit.core.errors import ShardkitError, ShardUnreachable
 from shardkit.core.keyrange import SLOTS
 from shardkit.core.topology import Shard, Topology
 from shardkit.storage import fence
@@ -78,7 +79,7 @@ def _state(shard: Shard, connection: Connection | ShardUnreachable) -> dict[str,
         try:
             names = fence.relations(connection)
             copy = read_copy(connection)
-        except Exception as refused:  # a shard that was restored wrongly must not hide the others
+        except (psycopg.Error, ShardkitError) as refused:  # a damaged shard must not hide the others
             names, copy, error = set(), None, " ".join(str(refused).split())
         else:
             error = None
