@@ -52,9 +52,7 @@ class Cutover:
         run = self._run
         self._catch_up()
         self.clock("caught_up")
-        # One synchronous commit flushes all that the apply worker committed without waiting.
-        with transaction(run.target, *_FLUSH):
-            change.claim(run.target, run.around.token)
+        self._flush_target()
         try:
             self._verifier.remaining_differences(COMPARE_LIMIT)
         except psycopg.errors.QueryCanceled as error:
@@ -94,7 +92,7 @@ class Cutover:
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""
         run = self._run
-        with transaction(run.target, ("synchronous_commit", "on")):
+        with transaction(run.target, *_FLUSH):
             change.claim(run.target, run.around.token)
 
     def _draw_answer(self) -> None:

@@ -71,7 +71,7 @@ def apply(
     its lock gives up with `MoveWaiting` and nothing changed. What ``while_closed`` raises passes through, and nothing
     is changed either.
     """
-    settle(catalog, shards, on_open=on_open)
+    settle(catalog, shards)  # another's change, perhaps: ``on_open`` is not meant for it
     current = catalog.current()
     proposal = make(current, catalog.next_version())
     catalog.propose(proposal)
@@ -86,12 +86,15 @@ def apply(
         except psycopg.OperationalError:
             # Whether the COMMIT arrived is not known; the next settle() looks.
             raise
-        except BaseException:
-            catalog.discard(proposal)
+        except Exception:
+            # The shard says whether it was decided, not the place in the code that failed.
+            settle(catalog, shards, on_open=on_open)
             raise
     clock("decided")
     failpoint("change.decided")
-    return _finish(catalog, shards, current, proposal, on_open, clock)
+    _finish(catalog, shards, current, proposal, on_open, clock)
+    report(None)
+    return proposal
 
 
 def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None = None) -> None:
@@ -118,6 +121,7 @@ def drain(catalog: Catalog, shards: ShardConnections, *, report: Report = lambda
     for shard in current.shards:
         if fence.relations(shards.get(shard)) != {shard.fence.relation}:
             _close(catalog, shards, current, current, shard.id, None, report, lambda moment: None, 60.0)
+    report(None)
 
 
 def _token(catalog: Catalog) -> int:
@@ -163,7 +167,6 @@ def _close(
                     if while_closed is not None:
                         while_closed(connection)
                     fence.close(connection, names, proposal, shard_id)
-                report(None)
                 return
             except psycopg.errors.LockNotAvailable:
                 holders = fence.holders(connection)
@@ -186,7 +189,7 @@ def _finish(
     proposal: Topology,
     on_open: Hook | None,
     clock: Clock,
-) -> Topology:
+) -> None:
     """Open every shard that only gains, then record."""
     closing = proposal.closing_since(current)
     for shard_id in proposal.changed_since(current):
@@ -203,4 +206,3 @@ def _finish(
     catalog.record(proposal)
     clock("recorded")
     failpoint("change.recorded")
-    return proposal
