@@ -202,7 +202,7 @@ class Mover:
         deadline = time.monotonic() + self._patience
         while True:
             try:
-                return replicaidentity.restore(connection, table)
+                return replicaidentity.restore(connection, table, self._around.token)
             except psycopg.errors.LockNotAvailable as error:
                 if time.monotonic() > deadline:
                     raise MoveWaiting(f"The replica identity of {table} could not be set back.") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the transfers of a job share: the catalog, the lease, one change of topology at a time, and the stop."""
+    """What the transfers of a job share: the catalog, the lease, the stop, and what only one does at a time: change the
+    topology, fit replica identities."""
 
     catalog_url: str
     token: int
@@ -52,6 +53,7 @@ class Surroundings:
     listener: Listener
     changing: threading.Lock
     patience: float
+    fitting: threading.Lock = field(default_factory=threading.Lock)
 
     def pause(self, seconds: float) -> None:
         """Wait, or raise `Interrupted` at once when the operator stops the mover."""
@@ -190,8 +192,9 @@ class TransferRun:
         topology = self.topology()
         if not topology.by_id[self.row.target].in_transit.issuperset(self.row.arcs):
             preflight.check(topology, self.source_shard, self.target_shard, self.shards)
-            for table in self.tables:
-                self._fit_replica_identity(table)
+            with self.around.fitting:
+                for table in self.tables:
+                    self._fit_replica_identity(table)
             self._patiently_change(lambda now, version: now.marked(version, self.row.target, self.row.arcs))
         self._drop_replication()
         self._delete_rows(self.target_shard)
@@ -211,11 +214,11 @@ class TransferRun:
     def _fit_replica_identity(self, table: ShardedTable) -> None:
         if replicaidentity.fits(self.source, table):
             return
-        replicaidentity.prepare_index(self.source, table)
+        replicaidentity.prepare_index(self.source, table, self.around.token)
         self._with_lock_retries(
             f"the replica identity of {table}",
             self.source_shard,
-            lambda: replicaidentity.use(self.source, table),
+            lambda: replicaidentity.use(self.source, table, self.around.token),
         )
 
     def _both(self) -> Iterable[tuple[Shard, Connection]]:

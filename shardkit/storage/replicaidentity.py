@@ -7,21 +7,24 @@ job is over.
 
 from __future__ import annotations
 
+import hashlib
+
 from psycopg import sql
 
 from shardkit.core.topology import ShardedTable
 
+from .change import claim
 from .connections import Connection, transaction
 from .predicate import relation
-from .tables import describe
+from .tables import IDENTITY_INDEX, describe
 
 # ALTER TABLE waits for every reader, and every reader behind it waits too.
 _SETTINGS = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
 
 
 def _index(table: ShardedTable) -> str:
-    # 63 bytes at most, and one a table: the oid would be shorter, but is another after a restore.
-    return f"shardkit_identity_{table.name}"[:55]
+    # One a table, in 63 bytes, which a table's name may fill: the oid would do, but is another after a restore.
+    return IDENTITY_INDEX + hashlib.sha256(str(table).encode()).hexdigest()[:16]
 
 
 def fits(connection: Connection, table: ShardedTable) -> bool:
@@ -30,8 +33,11 @@ def fits(connection: Connection, table: ShardedTable) -> bool:
     return found is not None and table.key in found.identity_columns
 
 
-def prepare_index(connection: Connection, table: ShardedTable) -> None:
-    """Build the unique index, outside any transaction; one that an interrupted run left invalid is built again."""
+def prepare_index(connection: Connection, table: ShardedTable, token: int) -> None:
+    """Build the unique index, outside any transaction; one that an interrupted run left invalid is built again.
+
+    Not for two callers at once: each would take the other's unfinished index for one that was left.
+    """
     found = describe(connection, table)
     if found is None or not found.primary_key or table.key in found.identity_columns:
         return
@@ -42,6 +48,8 @@ def prepare_index(connection: Connection, table: ShardedTable) -> None:
     ).fetchone()
     if valid is not None and valid[0]:
         return
+    with transaction(connection):
+        claim(connection, token)
     connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
     columns = [table.key, *(column for column in found.primary_key if column != table.key)]
     connection.execute(
@@ -51,13 +59,14 @@ def prepare_index(connection: Connection, table: ShardedTable) -> None:
     )
 
 
-def use(connection: Connection, table: ShardedTable) -> None:
+def use(connection: Connection, table: ShardedTable, token: int) -> None:
     """Switch to the index, or to FULL; remembers what was there. One attempt at the lock."""
     found = describe(connection, table)
     if found is None or table.key in found.identity_columns:
         return
     name = relation(table).as_string(connection)
     with transaction(connection, *_SETTINGS):
+        claim(connection, token)
         connection.execute(
             """
             INSERT INTO shardkit.replica_identity (relation, kind, index_name)
@@ -75,7 +84,7 @@ def use(connection: Connection, table: ShardedTable) -> None:
         connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
 
 
-def restore(connection: Connection, table: ShardedTable) -> None:
+def restore(connection: Connection, table: ShardedTable, token: int) -> None:
     """Set back what was there before the job, and drop the index. One attempt at the lock; can be run again."""
     name = relation(table).as_string(connection)
     row = connection.execute(
@@ -91,6 +100,7 @@ def restore(connection: Connection, table: ShardedTable) -> None:
         "i": sql.SQL("USING INDEX {}").format(sql.Identifier(index or "")) if index else sql.SQL("DEFAULT"),
     }[kind]
     with transaction(connection, *_SETTINGS):
+        claim(connection, token)  # a slow mover would take it from the next one's publication
         connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
         connection.execute(
             sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))

@@ -11,6 +11,9 @@ from shardkit.core.topology import KeyType, ShardedTable
 from .connections import Connection, value
 from .predicate import relation
 
+IDENTITY_INDEX = "shardkit_identity_"
+"""How the names of the indexes begin that `storage.replicaidentity` makes for the time of a job."""
+
 # typname of the key column -> family; bpchar pads with spaces that its hash ignores, so it is none of them.
 KEY_FAMILIES: dict[str, KeyType] = {
     "int2": "int",
@@ -76,11 +79,12 @@ _CONSTRAINTS = """
 SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s AND contype IN ('c', 'f', 'p', 'u', 'x')
 """
 _INDEXES = """
-SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), i.indisprimary, i.indisreplident,
+SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.relname, %(ours)s),
+       i.indisprimary, i.indisreplident,
        ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k(attnum, place)
              JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum ORDER BY k.place)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-WHERE i.indrelid = %s AND i.indisvalid
+WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
 
 
@@ -95,8 +99,10 @@ def describe(connection: Connection, table: ShardedTable) -> Table | None:
     indexes: set[str] = set()
     primary_key: tuple[str, ...] = ()
     identity_columns: frozenset[str] = frozenset()
-    for definition, name, primary, replica_identity, names in connection.execute(_INDEXES, (oid,)):
-        indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
+    found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": IDENTITY_INDEX})
+    for definition, name, ours, primary, replica_identity, names in found_indexes:
+        if not ours:  # else it stands on one server alone, for as long as a job runs
+            indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
         if primary:
             primary_key = tuple(names)
         if replica_identity or (identity == "d" and primary):
