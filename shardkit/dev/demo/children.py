@@ -101,7 +101,7 @@ class ClientProcess:
                     signal.SIGKILL,
                     sys.executable,
                     "-m",
-                    "shardkit.dev.demo.client",
+                    "shardkit.dev.demo",
                     configuration.dump(),
                 ),
                 stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A client process of the demo: ``python -m shardkit.dev.demo.client CONFIGURATION``.
+"""A client process of the demo: ``python -m shardkit.dev.demo CONFIGURATION``.
 
 It opens the cluster as an application would, loads its users, waits for the word, and works until it is told to stop.
 The demo talks to it by lines on its stdin (``start``, ``stop``) and reads JSON lines from its stdout; an end of stdin
@@ -233,7 +233,3 @@ def main(arguments: Sequence[str]) -> None:
             client.run(cluster)
         cluster.dispose()
         client.finish()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

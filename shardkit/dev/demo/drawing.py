@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 from rich.text import Text
 
@@ -80,8 +81,9 @@ def ring(topology: Topology, title: str, palette: Palette) -> list[Text]:
     grid = cells(topology)
     for number, row in enumerate(grid):
         line = Text()
-        for owner in row:
-            line.append_text(Text(" ") if owner is None else palette.text(names[owner]))
+        for owner, run in groupby(row):
+            length = len(list(run))
+            line.append_text(Text(" " * length) if owner is None else palette.text(names[owner], length))
         if number == len(grid) // 2:
             line = _centred(line, title)
         lines.append(line)

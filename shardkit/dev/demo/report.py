@@ -137,9 +137,12 @@ class Report:
         )
         _section(console, "The move")
         console.print(self._transfers_table())
-        _section(console, f"Latency of {self.operations:,} operations, {self.writes:,} rows written")
+        _section(console, f"Latency of {self.operations:,} operations")
         console.print(self._latency_table())
-        _section(console, "Checks")
+        _section(
+            console,
+            f"Checks of {self.writes:,} acknowledged writes of rows against {self.rows_checked:,} rows",
+        )
         for check in self.checks:
             mark = Text("ok  ", "green") if check.held else Text("FAIL", "bold red")
             line = Text.assemble(
