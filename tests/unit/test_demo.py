@@ -130,6 +130,34 @@ def test_a_worker_leaves_users_alone_whose_state_is_unknown() -> None:
     assert {worker.book.some_user(Random(n)) for n in range(20)} == {5}
 
 
+@pytest.mark.parametrize(
+    ("user", "read", "wrong"),
+    [
+        (1, [3], False),
+        (1, [2], True),
+        (1, [None], True),
+        (5, [None], False),
+        (5, [1], True),
+        (2, [4, 4, None, 9], False),
+        (2, [9, 8], True),
+    ],
+)
+def test_a_worker_knows_a_stale_read(user: int, read: list[int | None], wrong: bool) -> None:
+    worker = Worker(1, LAYOUT, 1)
+    worker.committed([Change("users", (1,), 3), Change("users", (5,), 1), Change("users", (5,), None)])
+    for revision in read:
+        found = None if revision is None else MODELS["users"](**row(LAYOUT, "users", (user,), revision))
+        worker.check("users", (user,), found)
+    assert bool(worker.stale) is wrong
+
+
+def test_a_worker_knows_a_row_of_mixed_revisions() -> None:
+    worker = Worker(1, LAYOUT, 1)
+    mixed = {**row(LAYOUT, "users", (2,), 3), "bio": "another"}
+    worker.check("users", (2,), MODELS["users"](**mixed))
+    assert len(worker.stale) == 1
+
+
 # --- ledger -----------------------------------------------------------------------------------------------------
 
 

@@ -83,7 +83,7 @@ class Worker:
 
     # --- checks of what was read -----------------------------------------------------------------------------------
 
-    def _check(self, table: str, key: Key, found: Base | None) -> None:
+    def check(self, table: str, key: Key, found: Base | None) -> None:
         """A row that was read by its key. ``found`` is none where there was none."""
         seen = None if found is None else found.revision  # type: ignore[attr-defined]
         if self.layout.writer(key[0]) != self.number:
@@ -113,7 +113,7 @@ class Worker:
     def profile(self, session: Session) -> Iterator[Change]:
         """A user by key: one's own, then somebody's, in one transaction."""
         for user in (self.book.some_user(self.random), self._any_user()):
-            self._check("users", (user,), session.get(User, user))
+            self.check("users", (user,), session.get(User, user))
         yield from ()
 
     def page(self, session: Session) -> Iterator[Change]:
@@ -122,7 +122,7 @@ class Worker:
         if key is None:
             return
         post = session.get(Post, key)
-        self._check("posts", key, post)
+        self.check("posts", key, post)
         if post is not None:
             self._expect(
                 f"comments of {key}", {c.id for c in post.comments}, set(self.book.below("comments", key))
@@ -138,7 +138,7 @@ class Worker:
         newest = select(Post).where(Post.user_id == user).order_by(Post.id.desc()).limit(FEED)
         posts = session.scalars(newest).all()
         for post in posts:
-            self._check("posts", (user, post.id), post)
+            self.check("posts", (user, post.id), post)
         if self.layout.writer(user) == self.number:
             known = sorted(self.book.below("posts", (user,)), reverse=True)[:FEED]
             self._expect(f"feed of {user}", [post.id for post in posts], known)
@@ -197,7 +197,7 @@ class Worker:
 
     def _edit(self, session: Session, table: str, key: Key) -> Iterator[Change]:
         found = session.get(MODELS[table], key)
-        self._check(table, key, found)
+        self.check(table, key, found)
         if found is None:
             return
         revision = next(self._revision)
@@ -285,7 +285,7 @@ class Worker:
 
     def _delete(self, session: Session, table: str, key: Key) -> Iterator[Change]:
         found = session.get(MODELS[table], key)
-        self._check(table, key, found)
+        self.check(table, key, found)
         if found is not None:
             session.delete(found)
             session.flush()
