@@ -221,31 +221,29 @@ def test_a_refusal_after_the_tables_were_tried(
         call("shard", "add", "s2", url, "--models", "models:Base", "--plan-only").ok()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (("a b", "URL"), "Not a shard name: 'a b'"),
-        (("", "URL"), "Not a shard name: ''"),
-        (("s2", "mysql://root@localhost/app"), "Not a PostgreSQL URL"),
-        (("s2", "localhost"), "no database URL"),
-        (("s2", "postgresql://localhost"), "names no database"),
-        (("s2", "postgresql://localhost/app?flavour=blue"), "flavour"),
-        (("s2", "URL", "--weight", "-1"), "--weight"),
-        (("s2", "URL", "--weight", "heavy"), "--weight"),
-        (("s2", "URL", "--plan-only", "--no-run"), "exclude each other"),
-        (("s2", "URL", "--models", "models"), "Not a name of models"),
-        (("s2", "URL", "--models", "no_such_module:Base"), "no_such_module cannot be imported"),
-        (("s2", "URL", "--models", "models:User.id"), "no declarative base"),
-        (("s2",), "URL"),
-    ],
-)
-def test_a_command_line_that_is_wrong(
-    one: Shards, newcomer: str, call: Program, arguments: tuple[str, ...], reason: str
-) -> None:
-    given = [newcomer if argument == "URL" else argument for argument in arguments]
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    (("a b", "URL"), "Not a shard name: 'a b'"),
+    (("", "URL"), "Not a shard name: ''"),
+    (("s2", "mysql://root@localhost/app"), "Not a PostgreSQL URL"),
+    (("s2", "localhost"), "no database URL"),
+    (("s2", "postgresql://localhost"), "names no database"),
+    (("s2", "postgresql://localhost/app?flavour=blue"), "flavour"),
+    (("s2", "URL", "--weight", "-1"), "--weight"),
+    (("s2", "URL", "--weight", "heavy"), "--weight"),
+    (("s2", "URL", "--plan-only", "--no-run"), "exclude each other"),
+    (("s2", "URL", "--models", "models"), "Not a name of models"),
+    (("s2", "URL", "--models", "no_such_module:Base"), "no_such_module cannot be imported"),
+    (("s2", "URL", "--models", "models:User.id"), "no declarative base"),
+    (("s2",), "URL"),
+]
+
+
+def test_a_command_line_that_is_wrong(one: Shards, newcomer: str, call: Program) -> None:
     with untouched(one.catalog_url, newcomer):
-        # Typer names the argument in small or capital letters, by version.
-        assert reason.lower() in call("shard", "add", *given, "--yes").failed(2).err.lower()
+        for arguments, reason in WRONG:
+            given = [newcomer if argument == "URL" else argument for argument in arguments]
+            # Typer names the argument in small or capital letters, by version.
+            assert reason.lower() in call("shard", "add", *given, "--yes").failed(2).err.lower()
 
 
 # --- passwords ------------------------------------------------------------------------------------------------------
@@ -334,21 +332,21 @@ MODELS: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_a_declaration_that_cannot_work(one: Shards, call: Program, folder: Path, case: str) -> None:
-    columns, reason = MODELS[case]
-    name = f"bad_{list(MODELS).index(case)}"
-    (folder / f"{name}.py").write_text(
-        "from decimal import Decimal\nfrom uuid import UUID\n"
-        "from sqlalchemy import BigInteger, Numeric\n"
-        "from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column\n"
-        "from shardkit import sharded\n"
-        "class Base(DeclarativeBase):\n    pass\n"
-        "@sharded(by='user_id')\n"
-        "class Bad(Base):\n    __tablename__ = 'bad'\n" + "".join(f"    {column}\n" for column in columns)
-    )
+def test_a_declaration_that_cannot_work(one: Shards, call: Program, folder: Path) -> None:
     with untouched(one.catalog_url, one.topology().named("s1").url):
-        call("schema", "declare", f"{name}:Base", "--create").failed(2, reason)
+        for case, (columns, reason) in MODELS.items():
+            module = f"bad_{case.replace(' ', '_')}"
+            (folder / f"{module}.py").write_text(
+                "from decimal import Decimal\nfrom uuid import UUID\n"
+                "from sqlalchemy import BigInteger, Numeric\n"
+                "from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column\n"
+                "from shardkit import sharded\n"
+                "class Base(DeclarativeBase):\n    pass\n"
+                "@sharded(by='user_id')\n"
+                "class Bad(Base):\n    __tablename__ = 'bad'\n"
+                + "".join(f"    {column}\n" for column in columns)
+            )
+            call("schema", "declare", f"{module}:Base", "--create").failed(2, reason)
 
 
 def test_a_table_that_cannot_be_declared(call: Program, make_shards: MakeShards) -> None:
@@ -381,23 +379,17 @@ def test_rows_on_two_shards_before_the_declaration(call: Program, make_shards: M
         refused.failed(3, "Table public.users on shard s2 has rows already")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
+def test_a_key_that_cannot_be_hashed(one: Shards, call: Program) -> None:
+    cases: list[tuple[tuple[str, ...], str]] = [
         (("9223372036854775808",), "64"),
         (("--type", "int", "5.7"), "'5.7' is no int"),
         (("--type", "int", ""), "'' is no int"),
         (("--type", "uuid", "42"), "'42' is no uuid"),
         (("--type", "float", "5.7"), "float"),
         ((), "key"),
-    ],
-)
-def test_a_key_that_cannot_be_hashed(
-    one: Shards, call: Program, arguments: tuple[str, ...], reason: str
-) -> None:
-    assert reason in call("route", *arguments).failed(2).err.lower().lower().replace(
-        "'5.7' is no int", "'5.7' is no int"
-    )
+    ]
+    for arguments, reason in cases:
+        assert reason in call("route", *arguments).failed(2).err.lower()
 
 
 def test_a_key_of_another_type_than_the_tables(one: Shards, call: Program) -> None:
