@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
@@ -35,7 +36,7 @@ ARCS = {
     "many to the last": some_arcs(50, 3) | ArcSet([Arc(POSITION_MAX - 2**60, POSITION_MAX)]),
     "many from the first": some_arcs(50, 4) | ArcSet([Arc(POSITION_MIN, POSITION_MIN + 2**60)]),
 }
-KEYS: dict[str, tuple[KeyType, str, list[int | str | UUID]]] = {
+KEYS: dict[str, tuple[KeyType, str, Sequence[int | str | UUID]]] = {
     "smallint": ("int", "smallint", [*range(-500, 500), -(2**15), 2**15 - 1]),
     "bigint": ("int", "bigint", [*range(1000), -(2**63), 2**63 - 1, -1]),
     "text": ("text", "varchar(80)", [f"\N{GRINNING FACE}{n}'\\" for n in range(1000)] + [""]),
