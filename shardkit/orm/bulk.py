@@ -35,9 +35,10 @@ def execute(
     options: Mapping[str, Any],
 ) -> Result[Any]:
     """Run a bulk operation on every shard that has rows of it; one result, in the order of the rows."""
-    if session.autoflush:
-        session.flush()
-    plan = session.cluster.planner.plan(statement, parameters, options.get("execution_options"))
+    execution_options = options.get("execution_options") or {}
+    if execution_options.get("autoflush", True):
+        session._autoflush()
+    plan = session.cluster.planner.plan(statement, parameters, execution_options)
     route = session.provision(plan)
     results: dict[int, Result[Any]] = {}
     for shard_id, part in route.shards.items():

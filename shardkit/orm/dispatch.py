@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +97,10 @@ class Dispatch:
 def _in_threads(works: dict[int, _Work], workers: ThreadPoolExecutor) -> dict[int, CursorResult[Any]]:
     """Run all but the last in threads; wait for all, even when one fails: their connections are in use until then."""
     *others, (last_id, last) = works.items()
-    futures = {shard_id: workers.submit(one) for shard_id, one in others}
+    futures: dict[int, Future[CursorResult[Any]]] = {}
     try:
+        for shard_id, one in others:
+            futures[shard_id] = workers.submit(one)
         last_result = last()
     finally:
         wait_for(futures.values())

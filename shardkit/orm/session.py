@@ -99,12 +99,12 @@ class ShardSession(Session):
         ).shards
         return shards.connection(shard_id)
 
-    def root_connection(self, engine: Engine) -> Connection:
+    def root_connection(self, engine: Engine, options: Any = None) -> Connection:
         """Begin on an engine in the outermost transaction, so that no savepoint can release its guard."""
         root = self.get_transaction()
         if root is None:
-            return super().connection(bind_arguments={"engine": engine})
-        return root.connection(None, engine=engine)
+            return super().connection({"engine": engine}, options)
+        return root.connection(None, options, engine=engine)
 
     def bound_connection(self, engine: Engine) -> Connection:
         """The open connection of an engine, inside the innermost savepoint."""
@@ -156,15 +156,21 @@ class ShardSession(Session):
     ) -> Connection:
         """The connection, in this transaction and behind its fence, to the shard of a key or of a name.
 
-        What is executed on it is not routed: it sees every row of that shard, those in transit too.
+        What is executed on it is not routed: it sees every row of that shard, those in transit too. The options count
+        where the connection is opened by this call.
         """
-        if key is not None:
-            return self.provision_position(position(key))
-        if shard is not None:
-            return self._provision_named(shard)
         if bind_arguments and bind_arguments.get("bind") is not None:
             _refuse_bind()
-        return super().connection(bind_arguments, execution_options)
+        shards = self.shards
+        shards.options = execution_options
+        try:
+            if key is not None:
+                return self.provision_position(position(key))
+            if shard is not None:
+                return self._provision_named(shard)
+            return super().connection(bind_arguments, execution_options)
+        finally:
+            shards.options = None
 
     def _provision_named(self, name: str) -> Connection:
         shards = self.shards

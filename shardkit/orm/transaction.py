@@ -12,9 +12,10 @@ Driven by `orm.session`; guards live in the outermost transaction, never in a sa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+import psycopg
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -52,8 +53,11 @@ class ShardTransaction:
         self._session = session
         self._cluster = session.cluster
         self._engines = session.engines
+        self._opened: dict[int, Engine] = {}
         self.scope = Scope(session.mode)
         self.topology: Topology | None = None
+        self.options: Mapping[str, Any] | None = None
+        """Execution options for the connections that are opened next."""
 
     def provision(
         self, route: Callable[[Topology], R], *, tables: Collection[ShardedTable] = (), writes: bool = False
@@ -105,13 +109,11 @@ class ShardTransaction:
 
     def connection(self, shard_id: int) -> Connection:
         """The connection to a shard that is held, inside the innermost savepoint."""
-        assert self.topology is not None
-        return self._session.bound_connection(self._engines.shard(self.topology.by_id[shard_id]))
+        return self._session.bound_connection(self._opened[shard_id])
 
     def engine(self, shard_id: int) -> Engine:
         """The engine of a shard that is held."""
-        assert self.topology is not None
-        return self._engines.shard(self.topology.by_id[shard_id])
+        return self._opened[shard_id]
 
     def _declaring(self, topology: Topology, tables: Collection[ShardedTable]) -> Topology:
         """A newer topology that holds the tables; `UndeclaredTable`."""
@@ -167,7 +169,8 @@ class ShardTransaction:
         while True:
             try:
                 with behind(self._guard(shard, waiting)):
-                    self._session.root_connection(engine)
+                    self._session.root_connection(engine, self.options)
+                self._opened[shard.id] = engine
                 return
             except DBAPIError as error:
                 # A pooled connection may have died while it was idle. Nothing was sent on it.
@@ -249,9 +252,11 @@ def _raw(participant: Participant) -> GuardedConnection | GuardedAsyncConnection
 
 def _is_unreachable(error: DBAPIError) -> bool:
     """Whether the server did not answer, as opposed to having answered with an error."""
-    state = getattr(error.orig, "sqlstate", None)
+    if not isinstance(error.orig, psycopg.OperationalError):
+        return error.connection_invalidated
     # Connection refused or lost has no state; a server that starts or stops says 57P01 to 57P03.
-    return error.connection_invalidated or state is None or state.startswith(("08", "57P"))
+    state = error.orig.sqlstate
+    return state is None or state.startswith(("08", "57P"))
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
@@ -44,22 +44,20 @@ class Engines:
         self._catalog_url = catalog_url
         self._cluster = cluster
         self._options = dict(options or {})
-        self._shards: dict[int, tuple[str, Engine]] = {}
+        self._shards: dict[tuple[int, str], Engine] = {}
         self._catalog: Engine | None = None
         self._lock = threading.Lock()
 
     def shard(self, shard: Shard) -> Engine:
-        """The engine of a shard; another one once its URL has changed."""
-        known = self._shards.get(shard.id)
-        if known is not None and known[0] == shard.url:
-            return known[1]
+        """The engine of a shard; one for each URL that it has had."""
+        known = self._shards.get((shard.id, shard.url))
+        if known is not None:
+            return known
         with self._lock:
-            known = self._shards.get(shard.id)
-            if known is None or known[0] != shard.url:
-                # Sessions that still hold connections of the old engine end there; its pool is dropped with it.
-                known = shard.url, self._make(shard)
-                self._shards[shard.id] = known
-        return known[1]
+            known = self._shards.get((shard.id, shard.url))
+            if known is None:
+                known = self._shards[shard.id, shard.url] = self._make(shard)
+        return known
 
     def _make(self, shard: Shard) -> Engine:
         options = dict(self._options)
@@ -121,7 +119,7 @@ class Engines:
     def dispose(self) -> None:
         """Close the idle connections of all pools; engines are made again when they are asked for."""
         with self._lock:
-            engines: Iterable[Engine] = [engine for _, engine in self._shards.values()]
+            engines = list(self._shards.values())
             self._shards.clear()
         for engine in engines:
             engine.dispose()

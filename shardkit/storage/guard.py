@@ -35,7 +35,7 @@ INERROR = pq.TransactionStatus.INERROR
 _RETRY_PAUSE = 0.005
 
 _NO_FENCE = (errors.UndefinedTable, errors.InvalidSchemaName)
-_IMPATIENT = (errors.LockNotAvailable, errors.QueryCanceled)
+_IMPATIENT = (errors.LockNotAvailable, errors.QueryCanceled, errors.DeadlockDetected)
 
 
 class StaleFence(Exception):  # a signal between guard and session, never seen by an application
@@ -301,6 +301,7 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
     def rebegin(self, guard: Guard) -> None:
         """Begin again behind another fence, on a connection on which nothing was sent."""
         assert not self.sent
+        self.held = ()  # an error leaves no transaction open
         self._patiently(self._rebegin_gen, guard)
         self.entered(guard)
 
@@ -349,6 +350,7 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
     async def rebegin(self, guard: Guard) -> None:
         """As on the sync connection."""
         assert not self.sent
+        self.held = ()
         await self._patiently(self._rebegin_gen, guard)
         self.entered(guard)
 

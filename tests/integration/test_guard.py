@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 import shardkit
 from shardkit.core.errors import IncompatibleServer, ShardUnreachable, TopologyUnsettled
-from shardkit.core.topology import Fence
+from shardkit.core.topology import Fence, Topology
 from shardkit.storage.connections import Connection, connect
 from shardkit.storage.dialect import DRIVER, ShardIdentity, behind
 from shardkit.storage.guard import Guard, StaleFence
@@ -352,3 +353,49 @@ def test_what_was_refused_leaves_the_session_usable(
             session.execute(insert(User), [{"id": key, "name": "twice", "score": 0}])
         session.rollback()
         assert session.get_one(User, key).name == "x"
+
+
+def test_options_of_a_connection_count_where_it_is_opened(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, key: int
+) -> None:
+    (other,) = sharded.keys("s1", 1)
+    level = text("SHOW transaction_isolation").execution_options(shardkit_writes=False)
+    with cluster.sessionmaker()() as session:
+        options = {"isolation_level": "SERIALIZABLE"}
+        assert (
+            session.connection(key=key, execution_options=options).execute(level).scalar() == "serializable"
+        )
+        assert session.connection(key=other).execute(level).scalar() == "read committed"
+        session.commit()
+        assert session.connection(key=key).execute(level).scalar() == "read committed"
+
+
+def test_a_shard_whose_url_changed(sharded: ShardedCluster, cluster: shardkit.ShardCluster, key: int) -> None:
+    """A transaction keeps the connection that it has; the next one takes the new URL."""
+
+    def at(url: str) -> None:
+        def make(before: Topology | None, version: int) -> Topology:
+            assert before is not None
+            shards = tuple(replace(one, url=url) if one.name == "s0" else one for one in before.shards)
+            return replace(before, version=version, shards=shards)
+
+        with sharded.lease() as catalog:
+            sharded.change(catalog, make)
+
+    application = text("SHOW application_name").execution_options(shardkit_writes=False)
+    (moving,) = sharded.keys("s1", 1)
+    before = sharded.topology.named("s0").url
+    try:
+        with cluster.sessionmaker()() as session:
+            session.get_one(User, key).name = "written"
+            session.flush()
+            at(before + ("&" if "?" in before else "?") + "application_name=elsewhere")
+            sharded.move_key(moving)
+            assert session.get(User, moving) is None
+            assert cluster.topology.named("s0").url != before
+            assert session.connection(key=key).execute(application).scalar() == "shardkit"
+            session.commit()
+            assert session.connection(key=key).execute(application).scalar() == "elsewhere"
+    finally:
+        at(before)
+    assert sharded.query("s0", "SELECT name FROM public.users") == [("written",)]
