@@ -31,8 +31,8 @@ def describe(topology: Topology, placement: Placement, shards: ShardConnections)
     """The plan as a document.
 
     ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``);
-    ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``; an estimate is
-    null where a table was never analysed); ``problems``, for which the run would be refused.
+    ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``); ``problems``,
+    for which the run would be refused.
     """
     after = dict.fromkeys(topology.by_id, 0)
     first = -1
@@ -60,16 +60,15 @@ def describe(topology: Topology, placement: Placement, shards: ShardConnections)
 def _transfer(topology: Topology, transfer: Transfer, shards: ShardConnections) -> dict[str, Any]:
     source = topology.by_id[transfer.source]
     share = transfer.arcs.width / topology.owned(source.id).width
-    found = [tables.describe(shards.get(source), declared) for declared in topology.tables]
-    rows = [each.rows_estimate for each in found if each is not None]
-    known = all(estimate >= 0 for estimate in rows)
+    described = (tables.describe(shards.get(source), declared) for declared in topology.tables)
+    found = [each for each in described if each is not None]
     return {
         "source": source.name,
         "target": topology.by_id[transfer.target].name,
         "slots": slots(transfer.arcs),
         "arcs": arcs_document(transfer.arcs),
-        "rows_estimate": round(sum(rows) * share) if known else None,
-        "bytes_estimate": round(sum(each.bytes for each in found if each is not None) * share),
+        "rows_estimate": round(sum(each.rows_estimate for each in found) * share),
+        "bytes_estimate": round(sum(each.bytes for each in found) * share),
     }
 
 
@@ -116,7 +115,7 @@ def draw(console: Console, plan: dict[str, Any]) -> None:
             f"{move['source']} -> {move['target']}",
             move["slots"],
             len(move["arcs"]),
-            "not analysed" if move["rows_estimate"] is None else f"about {move['rows_estimate']:,}",
+            f"about {move['rows_estimate']:,}",
             f"about {size(move['bytes_estimate'])}",
         ]
         for move in plan["transfers"]

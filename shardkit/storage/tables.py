@@ -41,7 +41,10 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table as the server describes it. ``constraints`` and ``indexes`` are definitions without names."""
+    """A table as the server describes it. ``constraints`` and ``indexes`` are definitions without names.
+
+    ``rows_estimate`` is the server's, from its statistics or, where there are none, from the size of the table.
+    """
 
     kind: str
     persistence: str
@@ -60,7 +63,8 @@ class Table:
 
 
 _TABLE = """
-SELECT c.oid, c.relkind::text, c.relpersistence::text, c.relreplident::text, c.reltuples::float8, pg_table_size(c.oid)
+SELECT c.oid, c.relkind::text, c.relpersistence::text, c.relreplident::text, c.reltuples::float8,
+       coalesce((SELECT sum(pg_table_size(relid)) FROM pg_partition_tree(c.oid)), pg_table_size(c.oid))::bigint
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
 """
@@ -111,8 +115,21 @@ def describe(connection: Connection, table: ShardedTable) -> Table | None:
         identity_columns = frozenset(column.name for column in columns)
     return Table(
         kind, persistence, identity, identity_columns, columns, constraints, frozenset(indexes), primary_key,
-        estimate, size,
+        estimate if estimate >= 0 else _guessed_rows(connection, table, oid), size,
     )  # fmt: skip
+
+
+def _guessed_rows(connection: Connection, table: ShardedTable, oid: int) -> float:
+    """Rows as the planner sees them: pages by width. A table that is not partitioned and has less than 10 pages counts
+    as one of 10 there."""
+    plan = value(connection, sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(relation(table)))
+    pages = value(
+        connection,
+        "SELECT pg_relation_size(oid) / current_setting('block_size')::float8 FROM pg_class "
+        "WHERE oid = %s AND relkind = 'r'",
+        (oid,),
+    )
+    return float(plan[0]["Plan"]["Plan Rows"]) * (1.0 if pages is None else min(1.0, pages / 10))
 
 
 def is_empty(connection: Connection, table: ShardedTable) -> bool:
