@@ -50,6 +50,7 @@ class Cutover:
     def while_closed(self, source: Connection) -> None:
         """On the source, whose fence is locked: `Postponed`, or everything is there and the same on the target."""
         run = self._run
+        sourceguard.wait_for_writers(source, run.row.id)
         self._catch_up()
         self.clock("caught_up")
         self._flush_target()

@@ -490,7 +490,10 @@ class TransferRun:
             except psycopg.errors.UndefinedTable:
                 # Another transfer changed this shard's fence; look again under what is in force now.
                 topology = self.topology()
+                self.around.pause(0.02)
             except psycopg.errors.LockNotAvailable:
+                blocker = replication.oldest_writer(connection) or "a session that locks it"
+                self._wait_for(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
                 self.around.pause(0.02)
 
     def _remove_triggers(self) -> None:

@@ -171,7 +171,7 @@ def _close(
             except psycopg.errors.LockNotAvailable:
                 holders = fence.holders(connection)
         if holders:
-            report(f"the fence of shard {shard.name} is held by {holders[0]}")
+            report(f"the closing of shard {shard.name} waits for {holders[0]}")
         if time.monotonic() > deadline:
             blocking = f": {holders[0]}" if holders else ""
             raise MoveWaiting(

@@ -24,10 +24,14 @@ RELATIONS = (
     r"SELECT relname FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^fence_\d+_'"
 )
 
+WRITERS_LOCK = 0x73686172
+"""First key of the advisory locks that writers of moving rows hold (`storage.sourceguard`), the transfer's number the
+second."""
+
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A session, or a prepared transaction, that holds or awaits a fence."""
+    """A session, or a prepared transaction, that holds a fence or has written a moving row."""
 
     pid: int | None
     gid: str | None
@@ -97,13 +101,14 @@ SELECT a.pid, x.gid, coalesce(a.usename, x.owner), a.application_name,
        -- Whoever ends between the looks at pg_locks and at pg_stat_activity has no start any more.
        coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, x.prepared)), 0)::float8, a.query
 FROM pg_locks l
-JOIN pg_class c ON c.oid = l.relation AND c.relnamespace = 'shardkit'::regnamespace AND c.relname ~ '^fence_\d+_'
+LEFT JOIN pg_class c ON c.oid = l.relation AND c.relnamespace = 'shardkit'::regnamespace AND c.relname ~ '^fence_\d+_'
 LEFT JOIN pg_stat_activity a ON a.pid = l.pid
 -- A prepared transaction has no process; its lock on its own number says which it is.
 LEFT JOIN pg_locks t ON l.pid IS NULL AND t.pid IS NULL AND t.locktype = 'transactionid'
     AND t.virtualtransaction = l.virtualtransaction
 LEFT JOIN pg_prepared_xacts x ON x.transaction = t.transactionid
-WHERE l.locktype = 'relation' AND l.granted
+WHERE l.granted
+  AND (c.oid IS NOT NULL OR l.locktype = 'advisory' AND l.classid = %s AND l.objsubid = 2)
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND l.pid IS DISTINCT FROM pg_backend_pid()
 ORDER BY 5 DESC
@@ -111,5 +116,5 @@ ORDER BY 5 DESC
 
 
 def holders(connection: Connection) -> list[Holder]:
-    """Who holds a fence of this shard, oldest transaction first."""
-    return [Holder(*row) for row in connection.execute(HOLDERS)]
+    """Whom a closing of this shard waits for, oldest transaction first."""
+    return [Holder(*row) for row in connection.execute(HOLDERS, (WRITERS_LOCK,))]

@@ -2,7 +2,9 @@
 
 They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note the keys
 of moving rows that are written, so that the last comparison before the decision looks at those alone, and, from the
-decision on, refuse writes to moved rows by anyone who goes round the session. They are ordinary triggers: a purge, and
+decision on, refuse writes to moved rows by anyone who goes round the session. Whoever writes a moving row holds an
+advisory lock to the end of its transaction, for which the decision waits: a transaction without the fence could
+otherwise commit a write after the last comparison. They are ordinary triggers: a purge, and
 the apply of replicated changes, run with session_replication_role = replica and pass them by.
 """
 
@@ -14,6 +16,7 @@ from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import ShardedTable
 
 from .connections import Connection, value
+from .fence import WRITERS_LOCK
 from .predicate import position, relation, within
 
 
@@ -30,6 +33,7 @@ _BODY = sql.SQL("""
 DECLARE
     new_owner text;
 BEGIN
+    PERFORM pg_advisory_xact_lock_shared({lock}, {transfer});
     SELECT m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
     IF FOUND THEN
         RAISE EXCEPTION 'shardkit: this row of %.% has moved to shard %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
@@ -58,7 +62,10 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
         return
     function = _function(transfer, index)
     body = _BODY.format(
-        transfer=sql.Literal(transfer), index=sql.Literal(index), key=sql.Identifier(table.key)
+        lock=sql.Literal(WRITERS_LOCK),
+        transfer=sql.Literal(transfer),
+        index=sql.Literal(index),
+        key=sql.Identifier(table.key),
     )
     # Definer: the application's role may write its tables and not ours.
     source.execute(
@@ -129,6 +136,12 @@ def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:
         "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s", (transfer,)
     )
     return [(index, key) for index, key in rows]
+
+
+def wait_for_writers(source: Connection, transfer: int) -> None:
+    """Wait, as long as ``lock_timeout`` allows, for every transaction that wrote a moving row, behind the fence or not;
+    those that are about to write one wait for the caller's transaction."""
+    source.execute("SELECT pg_advisory_xact_lock(%s, %s)", (WRITERS_LOCK, transfer))
 
 
 def set_moved(source: Connection, transfer: int, target: str) -> None:
