@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from .content import Layout
 from .ledger import Ledger
 from .measures import Measures
 from .models import MODELS
+from .operations import next_operation
 from .outcome import ClientReport
 from .worker import Worker
 
@@ -153,12 +155,12 @@ class Client:
             self._ended.wait(_thinking(worker))
 
     def _operate(self, worker: Worker, sessions: sessionmaker[Any]) -> None:
-        operation = worker.next_operation()
+        operation = next_operation(worker)
         changes: list[Change] | None = None
         began = time.monotonic()
         try:
             with sessions() as session:
-                changes = operation(session)
+                changes = operation(worker, session)
                 session.commit()
         except Exception as error:
             self._failed(worker, changes, error)
@@ -187,7 +189,7 @@ class Client:
     async def _work_task(self, cluster: ShardCluster, worker: Worker) -> None:
         sessions = cluster.async_sessionmaker()
         while not self._ended.is_set():
-            operation = worker.next_operation()
+            operation = partial(next_operation(worker), worker)
             changes: list[Change] | None = None
             began = time.monotonic()
             try:
