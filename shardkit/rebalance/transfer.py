@@ -300,7 +300,7 @@ class TransferRun:
                         f"No replication slot could be made: {blocker} is still open."
                     ) from error
             finally:
-                self.source.execute("RESET statement_timeout")
+                self.source.execute("SET statement_timeout = 0")
             self.around.pause(POLL)
 
     def _copy_state(self) -> replication.CopyState:

@@ -26,6 +26,22 @@ _LIVENESS: dict[str, int] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
+# Settings of a role or a database are meant for applications: their patience, their isolation.
+_SETTINGS = {
+    # Every name is qualified here, and definitions read from the server must not depend on a role's search_path.
+    "search_path": "pg_catalog",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    # A server that crashes and forgets a token, a version or a decision would give it twice.
+    "synchronous_commit": "on",
+}
+_SET = """
+SELECT set_config(name, setting, false) FROM unnest(%s::text[], %s::text[]) AS wanted (name, setting)
+WHERE NOT (name = 'synchronous_commit' AND current_setting(name) = 'remote_apply')
+"""
 
 
 def connect(url: str, *, application: str = "shardkit", options: str | None = None) -> Connection:
@@ -33,8 +49,7 @@ def connect(url: str, *, application: str = "shardkit", options: str | None = No
     connection = psycopg.connect(
         conninfo(url, **{**_LIVENESS, "application_name": application, "options": options}), autocommit=True
     )
-    # Every name is qualified here, and definitions read from the server must not depend on a role's search_path.
-    connection.execute("SET search_path = pg_catalog")
+    connection.execute(_SET, (list(_SETTINGS), list(_SETTINGS.values())))
     return connection
 
 

@@ -106,11 +106,13 @@ def by_key(
 ) -> dict[str, Digest]:
     """Digest of the rows of each of these keys (as text) that has any; by an index on the key where there is one."""
     query = sql.SQL(
-        "SELECT {key}::text, count(*), {digest} FROM {table} WHERE {key} = ANY(%s::{array}) GROUP BY {key}"
+        "SELECT {key}::text, count(*), {digest} FROM {table} WHERE {key} = ANY({keys}::{array}) GROUP BY {key}"
     ).format(
         key=sql.Identifier(table.key),
         digest=_row_digest(columns),
         table=relation(table),
+        # A literal and no parameter, beside which a percent sign in a name would be taken for another one.
+        keys=sql.Literal(list(keys)),
         array=sql.SQL(_KEY_ARRAY[table.key_type]),
     )
-    return {key: Digest(rows, int(total)) for key, rows, total in connection.execute(query, (list(keys),))}
+    return {key: Digest(rows, int(total)) for key, rows, total in connection.execute(query)}
