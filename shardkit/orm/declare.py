@@ -124,7 +124,7 @@ def sharded_table(table: Table) -> ShardedTable | None:
     known = _checked.get(table)
     if known is not None and known.key == table.info[INFO].get("sharded_by"):
         return known
-    _raise(list(_table_problems(table)))
+    _raise(_table_problems(table))
     key = key_column(table)
     family = key_family(key.type)
     assert family is not None
@@ -152,7 +152,7 @@ class Problem:
 
 def sharded_tables(metadata: MetaData) -> tuple[ShardedTable, ...]:
     """The sharded tables of a MetaData; `DeclarationError` with every fatal problem of all of them."""
-    _raise([problem for problem in problems(metadata) if problem.fatal])
+    _raise(problems(metadata))
     found = (sharded_table(table) for table in metadata.tables.values())
     return tuple(
         sorted((table for table in found if table is not None), key=lambda table: (table.schema, table.name))
@@ -172,7 +172,8 @@ def problems(metadata: MetaData) -> list[Problem]:
     return found
 
 
-def _raise(found: list[Problem]) -> None:
+def _raise(all_found: Iterable[Problem]) -> None:
+    found = [problem for problem in all_found if problem.fatal]
     if found:
         raise DeclarationError(
             "\n".join(["These tables cannot work on shards:", *(f"  {problem}" for problem in found)]),

@@ -158,4 +158,5 @@ def changed_key(column: Column[Any]) -> UnroutableQuery:
     return UnroutableQuery(
         f"The shard key {column.table.name}.{column.name} would be changed, and its row belong to another shard.",
         hint="Insert the row under its new key and delete the old one.",
+        reason="changed-key",
     )

@@ -47,7 +47,7 @@ from shardkit.storage.urls import sqlalchemy_url
 from tests.routed import KEYS, Account, Base, Fleet, Mark, Note, rows, thirds, with_transit
 
 EXAMPLES = settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
@@ -225,7 +225,7 @@ class Statements:
         for place, source in enumerate(sources[1:], start=1):
             statement = self.joined(statement, sources[:place], source)
         for _ in range(self.one(0, 1, 1, 1, 2)):
-            statement = statement.where(self.condition(sources, 2))
+            statement = statement.where(self.condition(sources, self.one(0, 0, 0, 1, 2)))
         if self.chance(35):
             bound = self.value()
             statement = statement.where(*(key(source) == bound for source in sources))
@@ -238,7 +238,7 @@ class Statements:
             on = source.n == one.n
         if self.chance(30):
             on = and_(on, self.condition([one, source], 1))
-        return statement.join(source, on, isouter=self.chance(30), full=self.chance(7))
+        return statement.join(source, on, isouter=self.chance(30), full=self.chance(12))
 
     def plain_columns(self, sources: list[Any]) -> list[Any]:
         if self.chance(50):
@@ -279,8 +279,10 @@ class Statements:
 
     def statement(self) -> Any:
         kind = self.one(
-            "rows", "rows", "rows", "aggregates", "aggregates", "grouped", "wrapped", "union", "eager"
+            "simple", "simple", "simple", "rows", "rows", "aggregates", "grouped", "wrapped", "union", "eager"
         )
+        if kind == "simple":
+            return self.simple()
         if kind == "aggregates":
             return self.block(self.aggregates)[0]
         if kind == "grouped":
@@ -290,12 +292,32 @@ class Statements:
             return statement.group_by(key(sources[0]))
         if kind == "eager":
             return self.eager()
-        statement, sources = self.block(self.plain_columns)
-        if kind == "wrapped":
-            return self.wrapped(statement)
         if kind == "union":
             return self.united()
-        if self.chance(30):
+        statement, sources = self.block(self.plain_columns)
+        return self.wrapped(statement) if kind == "wrapped" else self.finished(statement, sources)
+
+    def simple(self) -> Any:
+        """One source or several that are joined by their keys: what can run on several shards, and one thing more."""
+        sources = [self.source(), *(aliased(self.one(*ENTITIES)) for _ in range(self.one(0, 0, 1)))]
+        columns = self.one(
+            self.aggregates, self.plain_columns, self.plain_columns, lambda sources: [sources[0].n]
+        )
+        statement = select(*columns(sources)).select_from(sources[0])
+        for source in sources[1:]:
+            statement = statement.join(source, key(source) == key(sources[0]))
+        for _ in range(self.one(0, 0, 1, 2)):
+            statement = statement.where(self.condition(sources, 0))
+        if self.chance(40):
+            statement = statement.where(key(sources[0]).in_(self.listed()))
+        return (
+            self.finished(statement, sources) if columns != self.aggregates and self.chance(40) else statement
+        )
+
+    def finished(self, statement: Any, sources: list[Any]) -> Any:
+        """With a clause after WHERE, or none."""
+        clause = self.one("order", "order", "distinct", "lock", "group", None, None)
+        if clause == "order":
             self.ordered = True
             terms = [term for source in sources for term in identity(source)]
             statement = statement.order_by(
@@ -303,9 +325,11 @@ class Statements:
             )
             if self.chance(50):
                 statement = statement.limit(self.one(0, 1, 3)).offset(self.one(None, 1, 50))
-        elif self.chance(15):
-            statement = statement.distinct()
-        elif self.chance(10):
+        elif clause == "distinct":
+            statement = statement.with_only_columns(sources[0].n).distinct()
+        elif clause == "group":
+            statement = statement.with_only_columns(sources[0].n, func.count()).group_by(sources[0].n)
+        elif clause == "lock":
             statement = statement.with_for_update()
         return statement
 
@@ -351,7 +375,7 @@ class Writes(Statements):
         entity = self.one(*ENTITIES)
         if kind == "many":
             return self.many(entity)
-        criteria = [self.condition([entity], 2) for _ in range(self.one(0, 1, 2))]
+        criteria = [self.condition([entity], self.one(0, 0, 1, 2)) for _ in range(self.one(0, 1, 2))]
         if self.chance(40):
             criteria.append(key(entity) == self.value())
         value: Any = self.one(entity.n + 1, 77, None, case((entity.n > 1, 5), else_=entity.n))
