@@ -13,12 +13,13 @@ from uuid import UUID
 
 from sqlalchemy import MetaData, Table, create_engine
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import greenlet_spawn
 
-from shardkit.core.errors import NotInitialised, ShardkitError, UsageError
+from shardkit.core.errors import NotInitialised, ShardkitError, ShardUnreachable, UsageError
 from shardkit.core.topology import ShardedTable, Topology
 from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
@@ -30,7 +31,8 @@ from shardkit.storage.scope import Mode
 from shardkit.storage.topologies import read_copy, read_current
 from shardkit.storage.urls import sqlalchemy_url
 
-from .declare import sharded_table, sharded_tables
+from .declare import Problem, problems, sharded_table, sharded_tables
+from .declared import declares
 from .routing import Planner
 from .session import ShardAsyncSession, ShardSession
 
@@ -79,27 +81,43 @@ class ShardCluster:
 
     # --- tables ----------------------------------------------------------------------------------------------------
 
+    def check(self, metadata: MetaData) -> list[Problem]:
+        """Everything in a MetaData that cannot work on shards, or works on each shard alone."""
+        return problems(metadata)
+
     def create_all(self, metadata: MetaData, tables: Iterable[Table] | None = None) -> None:
-        """Create the sharded tables that are missing, on every shard, and declare them."""
-        wanted = [
-            table
-            for table in (tables if tables is not None else metadata.sorted_tables)
-            if sharded_table(table) is not None
-        ]
+        """Create the sharded tables that are missing, on every shard, and declare them.
+
+        All of a MetaData, or some of its tables. Raises `DeclarationError` before anything is created,
+        `ShardUnreachable`, and what `declare` raises.
+        """
+        if tables is None:
+            sharded_tables(metadata)
+        chosen = list(metadata.sorted_tables if tables is None else tables)
+        wanted = [table for table in chosen if sharded_table(table) is not None]
         self._refresh()
         for shard in self.topology.shards:
             engine = create_engine(sqlalchemy_url(shard.url), poolclass=NullPool)
-            metadata.create_all(engine, tables=wanted)
-        self._declare([found for table in wanted if (found := sharded_table(table)) is not None])
+            try:
+                metadata.create_all(engine, tables=wanted)
+            except OperationalError as error:
+                raise ShardUnreachable(
+                    f"Shard {shard.name} does not answer: {error.orig}".strip(), shard=shard.name
+                ) from error
+        self._declare(tuple(found for table in wanted if (found := sharded_table(table)) is not None))
 
     def declare(self, metadata: MetaData) -> None:
-        """Declare the sharded tables, which exist on every shard; what is declared already stays as it is."""
+        """Declare the sharded tables, which exist on every shard; what is declared already stays as it is.
+
+        Raises `DeclarationError`, `PreflightFailed`, `ShardNotEmpty`, and `LeaseHeld` or `JobRunning` while a move is
+        at work and there is something new to declare.
+        """
         self._declare(sharded_tables(metadata))
 
-    def _declare(self, tables: Iterable[ShardedTable]) -> None:
+    def _declare(self, tables: tuple[ShardedTable, ...]) -> None:
         with Catalog.open(self.catalog_url) as catalog, ShardConnections("shardkit declare") as shards:
             current = catalog.current()
-            if current is not None and all(current.by_table.get((t.schema, t.name)) == t for t in tables):
+            if current is not None and declares(current, tables):
                 self.router.adopt(current)
                 return
             catalog.take_lease()
@@ -147,7 +165,7 @@ def connect(
     ``create_engine`` for each shard (``pool_size``, ``echo``, ...). Raises `UsageError`, `CatalogUnreachable`,
     `NotInitialised`.
     """
-    if "isolation_level" in engine_options and engine_options["isolation_level"] == "AUTOCOMMIT":
+    if engine_options.get("isolation_level") == "AUTOCOMMIT":
         raise UsageError("Statements on shards run in transactions, never in autocommit.")
     problem: ShardkitError | None = None
     for candidate in (url, *others):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -65,6 +65,9 @@ class ShardSession(Session):
                 raise UsageError(
                     f"A session over shards takes no {name!r}.", hint="Its shards come from the cluster."
                 )
+        if mode not in get_args(Mode):
+            known = " or ".join(map(repr, get_args(Mode)))
+            raise UsageError(f"{mode!r} is no mode of a session.", hint=f"It is {known}.")
         super().__init__(**options)
         self.cluster = cluster
         self.engines = engines or cluster.engines

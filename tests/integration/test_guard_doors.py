@@ -165,6 +165,12 @@ def test_a_session_with_a_bind(cluster: shardkit.ShardCluster) -> None:
         cluster.sessionmaker(bind=plain)()
 
 
+@pytest.mark.parametrize("mode", ["two_phase", "", None])
+def test_a_mode_that_there_is_not(cluster: shardkit.ShardCluster, mode: Any) -> None:
+    with pytest.raises(UsageError, match="best_effort"):
+        cluster.sessionmaker(mode=mode)()
+
+
 def test_an_engine_made_by_hand(sharded: ShardedCluster) -> None:
     engine = create_engine(sqlalchemy_url(sharded.topology.named("s0").url).set(drivername=DRIVER))
     try:

@@ -23,11 +23,17 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DBAPIError, NoResultFound
-from sqlalchemy.ext.asyncio import AsyncAttrs
 from sqlalchemy.orm import DeclarativeBase, Mapped, joinedload, mapped_column, relationship, selectinload
 
 import shardkit
-from shardkit.core.errors import KeyTypeError, NoSuchShard, NotInitialised, UnroutableQuery, UsageError
+from shardkit.core.errors import (
+    DeclarationError,
+    KeyTypeError,
+    NoSuchShard,
+    NotInitialised,
+    UnroutableQuery,
+    UsageError,
+)
 from shardkit.storage.connections import connect
 from tests.fix_postgres import FreshDatabase
 from tests.sharded import Base, Post, ShardedCluster, User, until
@@ -177,6 +183,46 @@ def test_refusals_are_the_planners(cluster: shardkit.ShardCluster, keys: list[in
             with pytest.raises(UnroutableQuery):
                 session.execute(statement)
         assert session.scalar(select(User.name).where(User.id == keys[0])) == f"user {keys[0]}"
+
+
+def test_rows_in_transit_are_not_seen(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    """Copies that arrive on s1, and later those that wait on s0 for their purge."""
+    key = keys[0]
+    arcs, source, target = sharded.next_shard(key)
+
+    def copy() -> None:
+        admin = sharded.admin("s1")
+        admin.execute(
+            "INSERT INTO public.users (id, name, score) VALUES (%s, %s, %s)", (key, f"user {key}", key)
+        )
+        for number in (1, 2):
+            admin.execute(
+                "INSERT INTO public.posts (user_id, id, caption) VALUES (%s, %s, 'x')", (key, number)
+            )
+
+    def check() -> None:
+        with cluster.sessionmaker(mode="best_effort")() as session:
+            assert sorted(session.scalars(select(User.id))) == sorted(keys)
+            assert sorted(session.scalars(select(User.id).where(User.id.in_(keys)))) == sorted(keys)
+            assert session.scalar(select(func.count()).select_from(Post)) == 6
+            assert session.scalar(select(func.sum(User.score))) == sum(keys)
+            assert session.execute(update(Post).values(caption="x")).rowcount == 6
+            assert session.execute(delete(User).where(User.name == f"user {key}")).rowcount == 1
+            assert session.get(User, key) is None
+            session.rollback()
+            assert session.get_one(User, key).name == f"user {key}"
+
+    with sharded.lease() as catalog:
+        sharded.mark(catalog, target, arcs)
+        copy()
+        check()
+        sharded.cut_over(catalog, source, target, arcs)
+        check()
+        sharded.purge(catalog, source, arcs)
+        sharded.drain(catalog)
+    check()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -348,7 +394,7 @@ class Tag(Other):
 
 
 @shardkit.sharded(by="id")
-class Owner(AsyncAttrs, Other):
+class Owner(Other):
     __tablename__ = "owners"
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False, default=lambda: 4711)
     tags: Mapped[list[Tag]] = relationship(secondary=tags)
@@ -359,6 +405,62 @@ class Plain(Other):
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
 
 
+@shardkit.sharded(by="id")
+class Animal(Other):
+    __tablename__ = "animals"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    kind: Mapped[str]
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}  # noqa: RUF012 - as SQLAlchemy has it
+
+
+@shardkit.sharded(by="id")
+class Dog(Animal):
+    __tablename__ = "dogs"
+    id: Mapped[int] = mapped_column(ForeignKey("animals.id"), primary_key=True, autoincrement=False)
+    tricks: Mapped[int] = mapped_column(server_default="3")
+    __mapper_args__ = {"polymorphic_identity": "dog"}  # noqa: RUF012 - as SQLAlchemy has it
+
+
+@pytest.fixture
+def others(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> Iterator[None]:
+    """The tables of `Other`, empty."""
+    names = ["owners", "tag", "animals", "dogs"]
+    cluster.create_all(Other.metadata, tables=[Other.metadata.tables[name] for name in names])
+    yield
+    for shard in sharded.topology.shards:
+        sharded.admin(shard.name).execute("TRUNCATE public.owners, public.tag, public.animals, public.dogs")
+
+
+def test_joined_inheritance(sharded: ShardedCluster, cluster: shardkit.ShardCluster, others: None) -> None:
+    keys = [sharded.keys(name, 1)[0] for name in ("s0", "s1")]
+    for key in keys:
+        with cluster.sessionmaker()() as session:
+            session.add(Dog(id=key))
+            session.commit()
+    for name, key in zip(("s0", "s1"), keys, strict=True):
+        assert sharded.query(name, "SELECT id, tricks FROM public.dogs") == [(key, 3)]
+    with cluster.sessionmaker()() as session:
+        dog = session.get_one(Dog, keys[1])
+        assert session.get(Animal, keys[1]) is dog
+        dog.tricks += 1
+        session.commit()
+        assert sorted(session.execute(select(Dog.id, Dog.tricks)).all()) == sorted(
+            [(keys[0], 3), (keys[1], 4)]
+        )
+        session.delete(dog)
+        session.commit()
+    assert sharded.query("s1", "SELECT FROM public.animals") == []
+
+
+def test_an_association_table_is_refused_by_name(cluster: shardkit.ShardCluster, others: None) -> None:
+    with cluster.sessionmaker()() as session:
+        session.add(Owner(id=1, tags=[Tag(id=1)]))
+        with pytest.raises(UnroutableQuery, match="association"):
+            session.flush()
+        session.rollback()
+        assert session.get(Owner, 1) is None
+
+
 def test_a_class_that_is_not_sharded(cluster: shardkit.ShardCluster) -> None:
     with cluster.sessionmaker()() as session:
         session.add(Plain(id=1))
@@ -367,19 +469,14 @@ def test_a_class_that_is_not_sharded(cluster: shardkit.ShardCluster) -> None:
 
 
 def test_a_default_key_is_made_before_the_shard_is_chosen(
-    sharded: ShardedCluster, cluster: shardkit.ShardCluster
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, others: None
 ) -> None:
-    try:
-        cluster.create_all(Other.metadata, tables=[Other.metadata.tables["owners"]])
-        with cluster.sessionmaker()() as session:
-            owner = Owner()
-            session.add(owner)
-            session.commit()
-            assert owner.id == 4711
-        assert sharded.holding("SELECT FROM public.owners WHERE id = 4711") == [sharded.owner(4711)]
-    finally:
-        for shard in sharded.topology.shards:
-            sharded.admin(shard.name).execute("TRUNCATE public.owners")
+    with cluster.sessionmaker()() as session:
+        owner = Owner()
+        session.add(owner)
+        session.commit()
+        assert owner.id == 4711
+    assert sharded.holding("SELECT FROM public.owners WHERE id = 4711") == [sharded.owner(4711)]
 
 
 # --- connecting ------------------------------------------------------------------------------------------------------
@@ -393,6 +490,24 @@ def test_a_database_without_a_catalog(fresh_database: FreshDatabase) -> None:
 def test_a_url_that_does_not_answer() -> None:
     with pytest.raises(shardkit.errors.CatalogUnreachable):
         shardkit.connect("postgresql://postgres@127.0.0.1:1/catalog")
+
+
+def test_create_all_of_what_cannot_work_creates_nothing(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster
+) -> None:
+    class Bad(DeclarativeBase):
+        pass
+
+    @shardkit.sharded(by="owner")
+    class Thing(Bad):
+        __tablename__ = "things"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        owner: Mapped[int]
+
+    assert [problem.table for problem in cluster.check(Bad.metadata) if problem.fatal]
+    with pytest.raises(DeclarationError, match="things"):
+        cluster.create_all(Bad.metadata)
+    assert sharded.holding("SELECT FROM pg_class WHERE relname = 'things'") == []
 
 
 def test_create_all_again_changes_nothing(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
