@@ -140,8 +140,14 @@ class Compiled:
     def __init__(self, dialect: Dialect, statement: Any, column_keys: Sequence[str], many: bool) -> None:
         self.column_keys = column_keys
         self.cache_key = statement._generate_cache_key()
+        # The ORM notes compile options on the statement that it compiles, and with them a copy of that statement would
+        # have another cache key: so what is compiled here is a copy.
         self.compiler: Any = _recorder(cast(Any, dialect.statement_compiler))(
-            dialect, statement, cache_key=self.cache_key, column_keys=list(column_keys), for_executemany=many
+            dialect,
+            statement._generate(),
+            cache_key=self.cache_key,
+            column_keys=list(column_keys),
+            for_executemany=many,
         )
         self.recording: Recording = self.compiler.recording
         self.given = statement
@@ -170,10 +176,11 @@ class Compiled:
             return str(self.compiler._truncated_identifier("alias", name))
         return str(name)
 
-    def column_of_insert(self, column: Any, row: int | None) -> BindParameter[Any] | None:
-        """The bound value of a column in VALUES, or None if it is not a bound value; ``row`` in a list of rows."""
-        name = self.compiler._get_bind_name_for_col(column)
-        found: BindParameter[Any] | None = self.compiler.binds.get(name if row is None else f"{name}_m{row}")
+    def column_of_insert(self, column: Any, value: BindParameter[Any] | None) -> BindParameter[Any] | None:
+        """The bound value of a column in VALUES, or None if it has none. ``value`` is the one in the statement."""
+        named = value is not None and not value.unique
+        name = value.key if value is not None and named else self.compiler._get_bind_name_for_col(column)
+        found: BindParameter[Any] | None = self.compiler.binds.get(name)
         return found
 
     def slot(self, bind: BindParameter[Any]) -> Slot | None:

@@ -90,7 +90,7 @@ def prove_insert(compiled: Compiled, blocks: tuple[Terms, ...], scattered: Refus
     bind = (
         None
         if value is None and column.key not in compiled.column_keys
-        else compiled.column_of_insert(column, None)
+        else compiled.column_of_insert(column, value)
     )
     vet_conflict(statement, table, column)
     return InsertProof(
