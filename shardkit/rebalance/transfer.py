@@ -263,7 +263,7 @@ class TransferRun:
                 break
             failpoint("copying.poll")
             if time.monotonic() - forgot > 5:
-                sourceguard.forget_changes(self.source, self.row.id)
+                sourceguard.forget_changes(self.source, self.row.id, self.around.token)
                 forgot = time.monotonic()
             self.around.pause(POLL)
         seconds = record.get("copy_seconds", 0.0) + time.monotonic() - started
@@ -289,6 +289,8 @@ class TransferRun:
         deadline = time.monotonic() + self.around.patience
         while True:
             try:
+                with transaction(self.source):
+                    change.claim(self.source, self.around.token)
                 self.source.execute("SET statement_timeout = '2s'")
                 replication.create_slot(self.source, self.name)
                 return self._wait_for(None)
@@ -326,7 +328,9 @@ class TransferRun:
                 errors=state.errors,
             )
         self.around.pause(0.1 * self._revivals)
-        replication.set_enabled(self.target, self.name, True)
+        with transaction(self.target):
+            change.claim(self.target, self.around.token)  # the opening may have stopped it, by another mover
+            replication.set_enabled(self.target, self.name, True)
         return state
 
     def _catch_up(self) -> Event:
@@ -360,6 +364,7 @@ class TransferRun:
             self.source,
             self.target,
             self.row.id,
+            self.around.token,
             self.tables,
             self.row.arcs,
             wait_replayed=self._wait_replayed,
@@ -450,9 +455,14 @@ class TransferRun:
         with transaction(self.source, *change.OPENING):
             change.claim(self.source, self.around.token)
             replication.drop_publication(self.source, self.name)
-        while not replication.drop_slot(self.source, self.name):
+        while not self._drop_slot():
             self.around.pause(0.02)
         failpoint("drop.slot")
+
+    def _drop_slot(self) -> bool:
+        with transaction(self.source):
+            change.claim(self.source, self.around.token)
+            return replication.drop_slot(self.source, self.name)
 
     def _delete_rows(self, shard: Shard) -> int:
         """Delete the rows of the arcs on a shard that does not own them, under the guard of a topology that says so."""

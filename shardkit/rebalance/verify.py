@@ -36,6 +36,7 @@ class Verifier:
     source: Connection
     target: Connection
     transfer: int
+    token: int
     tables: Sequence[ShardedTable]
     arcs: ArcSet
     wait_replayed: Callable[[], object]
@@ -47,7 +48,7 @@ class Verifier:
     def run(self) -> None:
         """Compare everything; `VerificationFailed` names the keys that differ."""
         self._columns = [self._columns_of(table) for table in self.tables]
-        sourceguard.forget_changes(self.source, self.transfer)
+        sourceguard.forget_changes(self.source, self.transfer, self.token)
         self.suspects.clear()
         counts: dict[str, int] = {}
         number_of_chunks = 0
@@ -76,7 +77,9 @@ class Verifier:
 
     def settle_once(self) -> int:
         """Compare what was noted so far; the number of keys noted since, which the caller may want smaller."""
-        noted = self.suspects | set(sourceguard.take_changes(self.source, self.transfer, NOTES_A_ROUND))
+        noted = self.suspects | set(
+            sourceguard.take_changes(self.source, self.transfer, self.token, NOTES_A_ROUND)
+        )
         self.wait_replayed()
         differing = self._compare_keys(noted)
         since = set(sourceguard.peek_changes(self.source, self.transfer))

@@ -129,10 +129,11 @@ def create_slot(source: Connection, name: str) -> None:
 def drop_slot(source: Connection, name: str) -> bool:
     """Drop the slot; False if it is still in use, which ends by itself soon after the subscription is gone."""
     try:
-        source.execute(
-            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
-            (name,),
-        )
+        with source.transaction():
+            source.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s",
+                (name,),
+            )
     except psycopg.errors.ObjectInUse:
         return False
     return True

@@ -15,7 +15,8 @@ from psycopg import sql
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import ShardedTable
 
-from .connections import Connection, value
+from .change import claim
+from .connections import Connection, transaction, value
 from .fence import WRITERS_LOCK
 from .predicate import position, relation, within
 
@@ -109,25 +110,32 @@ def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -
     source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
 
 
-def forget_changes(source: Connection, transfer: int) -> None:
+def forget_changes(source: Connection, transfer: int, token: int) -> None:
     """Drop what was noted and committed so far: what is compared from now on sees those writes."""
-    source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
+    with transaction(source):
+        claim(source, token)
+        source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
 
 
-def take_changes(source: Connection, transfer: int, limit: int) -> list[tuple[int, str]]:
-    """Take the keys noted so far, as (table number, key as text), without repetition; about ``limit`` notes at most."""
-    rows = source.execute(
-        """
-        WITH taken AS (
-            DELETE FROM shardkit.changed
-            WHERE ctid = ANY (ARRAY(SELECT ctid FROM shardkit.changed WHERE transfer_id = %s LIMIT %s))
-            RETURNING relation, key
+def take_changes(source: Connection, transfer: int, token: int, limit: int) -> list[tuple[int, str]]:
+    """Take the keys noted so far, as (table number, key as text), without repetition; about ``limit`` notes at most.
+
+    `MoverSuperseded` where another mover compares now: a note that went to the wrong one would never be looked at.
+    """
+    with transaction(source):
+        claim(source, token)
+        rows = source.execute(
+            """
+            WITH taken AS (
+                DELETE FROM shardkit.changed
+                WHERE ctid = ANY (ARRAY(SELECT ctid FROM shardkit.changed WHERE transfer_id = %s LIMIT %s))
+                RETURNING relation, key
+            )
+            SELECT DISTINCT relation, key FROM taken
+            """,
+            (transfer, limit),
         )
-        SELECT DISTINCT relation, key FROM taken
-        """,
-        (transfer, limit),
-    )
-    return [(index, key) for index, key in rows]
+        return [(index, key) for index, key in rows]
 
 
 def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:

@@ -51,7 +51,8 @@ def test_types_that_have_other_numbers_on_the_target(make_shards: MakeShards) ->
         CREATE TYPE public.pair AS (one public.mood, two int);
         CREATE TABLE public.things (id int PRIMARY KEY, moods public.mood[], touched int, p public.pair);
         """,
-        "INSERT INTO public.things SELECT g, '{sad,happy}', 0, ROW('sad', g)::public.pair FROM generate_series(1, 200) g",
+        "INSERT INTO public.things "
+        "SELECT g, '{sad,happy}', 0, ROW('sad', g)::public.pair FROM generate_series(1, 200) g",
     )
 
 
