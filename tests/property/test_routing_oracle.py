@@ -228,7 +228,8 @@ class Statements:
             statement = statement.where(self.condition(sources, self.one(0, 0, 0, 1, 2)))
         if self.chance(35):
             bound = self.value()
-            statement = statement.where(*(key(source) == bound for source in sources))
+            for source in sources:
+                statement = statement.where(key(source) == (self.value() if self.chance(15) else bound))
         return statement, sources
 
     def joined(self, statement: Any, before: list[Any], source: Any) -> Any:
@@ -255,6 +256,7 @@ class Statements:
             func.coalesce(source.n, 7),
             case((source.n > 2, 1), else_=0),
             func.row_number().over(partition_by=key(source), order_by=identity(source)),
+            func.row_number().over(order_by=identity(source)),
             select(func.count()).where(key(m := aliased(Mark)) == key(source), m.n > 0).scalar_subquery(),
         )
 
@@ -273,7 +275,7 @@ class Statements:
             func.sum(source.n) + 1,
         ]
         chosen = self.draw(
-            st.lists(st.sampled_from(choices[:7] if self.chance(80) else choices), min_size=1, max_size=3)
+            st.lists(st.sampled_from(choices[:7] if self.chance(60) else choices), min_size=1, max_size=3)
         )
         return [column.label(f"a{number}") for number, column in enumerate(chosen)]
 

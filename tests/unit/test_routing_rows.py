@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import (
@@ -90,8 +90,12 @@ def refusal(planner: Planner, statement: Any, parameters: Any = None) -> Any:
     return caught.value.fields["reason"]
 
 
+def compiled(statement: Any) -> Any:
+    return statement.compile(dialect=dialect)
+
+
 def sql(statement: Any) -> str:
-    return " ".join(str(statement.compile(dialect=dialect)).split())
+    return " ".join(str(compiled(statement)).split())
 
 
 # --- INSERT --------------------------------------------------------------------------------------------------------
@@ -165,10 +169,8 @@ def test_lists_of_values_are_split_in_order(planner: Planner) -> None:
     for shard, part in found.shards.items():
         own = grouped(rows, "owner")[shard]
         assert sql(part.statement).count("(%(user_m") == len(own)
-        compiled = part.statement.compile(dialect=dialect)
-        assert [compiled.params[f"user_m{number}"] for number in range(len(own))] == [
-            row["owner"] for row in own
-        ]
+        sent = compiled(part.statement).params
+        assert [sent[f"user_m{number}"] for number in range(len(own))] == [row["owner"] for row in own]
     assert found.merge == Interleaved(
         {shard: tuple(key for key in KEYS if OWNER[key] == shard) for shard in found.shards}
     )
@@ -391,8 +393,7 @@ def lists(found: Route) -> dict[int, Any]:
     """The bound list of each part of a route."""
     sent = {}
     for shard, part in found.shards.items():
-        compiled = part.statement.compile(dialect=dialect)
-        bound = {**compiled.params, **(part.parameters or {})}
+        bound = {**compiled(part.statement).params, **cast(Mapping[str, Any], part.parameters or {})}
         sent[shard] = next(value for value in bound.values() if isinstance(value, list))
     return sent
 
@@ -435,7 +436,7 @@ def test_rows_in_transit_are_kept_out_of_what_is_not_bound(planner: Planner) -> 
     topology = with_transit(TOPOLOGY)
     hashed = "pg_catalog.hashint8extended"
     account = aliased(Account)
-    twice = bindparam("keys", list(KEYS), expanding=True)
+    twice: Any = bindparam("keys", list(KEYS), expanding=True)
     for statement, column in (
         (select(Account), '"Account".id'),
         (select(ACCOUNT.c.name), '"Account".id'),
