@@ -102,6 +102,20 @@ def thirds(version: int = 1) -> Topology:
     )
 
 
+def stripes(version: int = 1) -> Topology:
+    """Three shards that own a hundred narrow arcs each; few and many arcs are in transit."""
+    tokens = [slot_arc(0, 218 * number).last for number in range(1, 301)] + [slot_arc(0, 65536).last]
+    owners = [number % 3 for number in range(300)] + [2]
+    shards = [(number, f"s{number}", f"postgresql://s{number}", 100) for number in range(3)]
+    topology = Topology.first(version, shards, tokens, owners).declared(
+        version + 1, sharded_tables(Base.metadata)
+    )
+    of_second, of_third = list(topology.owned(1)), list(topology.owned(2))
+    topology = topology.marked(version + 2, 0, ArcSet(of_second[::2]))
+    topology = topology.marked(version + 3, 1, ArcSet(of_third[10:13]))
+    return topology.marked(version + 4, 2, ~topology.owned(2))
+
+
 def with_transit(topology: Topology) -> Topology:
     """The same, with much in transit: to shard 1 half of what 0 owns, to 2 many small arcs of what 1 owns."""
     coarse = topology.marked(topology.version + 1, 1, ArcSet([slot_arc(0, 12000)]))

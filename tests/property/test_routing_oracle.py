@@ -44,7 +44,7 @@ from shardkit.core.topology import Topology
 from shardkit.dev import Clusters
 from shardkit.orm.declare import key_column
 from shardkit.storage.urls import sqlalchemy_url
-from tests.routed import KEYS, Account, Base, Fleet, Mark, Note, rows, thirds, with_transit
+from tests.routed import KEYS, Account, Base, Fleet, Mark, Note, rows, stripes, thirds, with_transit
 
 EXAMPLES = settings(
     max_examples=200,
@@ -55,7 +55,7 @@ EXAMPLES = settings(
 
 @dataclass
 class World:
-    """One plain database and two fleets with its rows: one at rest, one with rows in transit."""
+    """One plain database and fleets with its rows: at rest, and with rows in transit."""
 
     plain: Engine = field(repr=False)
     fleets: list[Fleet] = field(repr=False)
@@ -75,6 +75,7 @@ def world(servers: Clusters) -> Iterator[World]:
     fleets = [
         Fleet.over("at rest", databases("oracle_rest"), thirds()),
         Fleet.over("in transit", databases("oracle_transit"), with_transit(thirds())),
+        Fleet.over("in stripes", databases("oracle_stripes"), stripes()),
     ]
     made = World(plain, fleets, Counter())
     yield made
