@@ -63,6 +63,18 @@ def one_position(blocks: Sequence[Terms], call: Call, parameters: Mapping[str, A
     return Unbound.NO_ROW if found is None else found
 
 
+def only_position(constraint: Constraint, call: Call, parameters: Mapping[str, Any]) -> int | Unbound:
+    """The same where one equality is all there is, as it mostly is."""
+    slot = constraint.slot
+    value = slot.value(call, parameters)
+    if slot.processor is not None and value is not MISSING:
+        value = _sent(constraint, value)
+    if value is None:
+        return Unbound.NO_ROW
+    found = exact_position(value, constraint.family)
+    return Unbound.SEVERAL if found is None else found
+
+
 def possible(
     constraints: Sequence[Constraint], call: Call, parameters: Mapping[str, Any]
 ) -> Mapping[int, Any] | None:

@@ -8,7 +8,6 @@ not shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sqlalchemy import Executable
@@ -28,8 +27,7 @@ class ShardPart(NamedTuple):
     parameters: Parameters
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Where a statement runs under one topology: shard id to part, and how the results become one.
 
     ``merge`` is None if there is one shard only, whose result is the answer as it is.
@@ -79,7 +77,10 @@ class OneKeyPlan(Plan):
         writes: bool,
         position: int,
     ) -> None:
-        super().__init__(statement, parameters, tables, writes)
+        self._statement = statement
+        self._parameters = parameters
+        self.tables = tables
+        self.writes = writes
         self.position = position
 
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:

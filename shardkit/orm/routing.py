@@ -14,10 +14,8 @@ Proofs are kept by SQLAlchemy's own cache key, so by the shape of a statement; e
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 from sqlalchemy import Delete, Executable, Insert, Select, Update
@@ -29,8 +27,9 @@ from sqlalchemy.sql.selectable import CompoundSelect
 from shardkit.core.topology import ShardedTable, Topology
 
 from . import declare, keys
-from .binding import Keys, Terms, Unbound, known, one_position, possible, terms
+from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
 from .gather import Merge
+from .kept import Kept
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, ShardPart
 from .proof import Constraint, Node, prove
 from .recorder import Call, Compiled
@@ -60,14 +59,14 @@ class StatementProof:
 
     def position(self, call: Call, parameters: Mapping[str, Any]) -> int | Unbound:
         """The position of all rows in one call."""
-        if self.only is not None:
-            positions = known(self.only, call, parameters)
-            if positions is None or len(positions) > 1:
-                return Unbound.SEVERAL
-            for position in positions:
-                return position
-            return Unbound.NO_ROW
-        return one_position(self.blocks, call, parameters)
+        if self.only is None:
+            return one_position(self.blocks, call, parameters)
+        if not self.only.listed:
+            return only_position(self.only, call, parameters)
+        positions = known(self.only, call, parameters)
+        if positions is None or len(positions) > 1:
+            return Unbound.SEVERAL
+        return next(iter(positions), Unbound.NO_ROW)
 
 
 class ScatterPlan(Plan):
@@ -153,9 +152,7 @@ class Planner:
 
     def __init__(self, dialect: Dialect, *, size: int = 500) -> None:
         self._dialect = dialect
-        self._size = size
-        self._proofs: OrderedDict[Any, StatementProof | InsertProof] = OrderedDict()
-        self._lock = Lock()
+        self._proofs: Kept[StatementProof | InsertProof] = Kept(size)
 
     def plan(
         self,
@@ -177,6 +174,8 @@ class Planner:
     def _plan(self, statement: Any, parameters: Parameters, options: Mapping[str, Any]) -> Plan:
         if options.get("schema_translate_map"):
             raise Refusal("schema-map", "schema_translate_map hides which tables it names")
+        if type(statement) is Select:
+            return self._plan_shape(statement, parameters, options)
         if isinstance(statement, FunctionElement):
             statement = statement.select()
         if not isinstance(statement, _PLANNED):
@@ -191,22 +190,21 @@ class Planner:
 
     def _plan_shape(self, statement: Any, parameters: Parameters, options: Mapping[str, Any]) -> Plan:
         single: Mapping[str, Any] | None = None
+        names: tuple[str, ...] = ()
         if not parameters:
-            single = names = _NO_PARAMETERS
+            single = _NO_PARAMETERS
         elif isinstance(parameters, Mapping):
-            single = names = parameters
+            single = parameters
+            names = tuple(sorted(single))
         else:
-            names = parameters[0]
+            names = tuple(sorted(parameters[0]))
             if len(parameters) == 1:
-                single = names
+                single = parameters[0]
         call = statement._generate_cache_key()
-        proof: StatementProof | InsertProof | None = None
-        shape: Any = None
-        if call is not None:
-            shape = (call.key, tuple(sorted(names)), single is None)
-            proof = self._known(shape)
+        shape = None if call is None else (call.key, names, single is None)
+        proof = None if shape is None else self._proofs.get(shape)
         if proof is None:
-            compile_ = self._compiling(tuple(sorted(names)), single is None)
+            compile_ = self._compiling(names, single is None)
             compiled = compile_(statement)
             vet_one_shard(compiled)
             call = compiled.call
@@ -214,7 +212,7 @@ class Planner:
                 return plan_values(statement, parameters, compiled, *_insert_facts(compiled))
             proof = _prove(compiled, compile_)
             if shape is not None:
-                self._keep(shape, proof)
+                self._proofs.put(shape, proof)
         if isinstance(proof, InsertProof):
             return proof.plan(statement, parameters, call)
         if single is None:
@@ -244,21 +242,6 @@ class Planner:
             _refuse_strange_keys(proof.scatter.anchor, call, single)
         recompile = self._compiling(tuple(sorted(single)), False)
         return ScatterPlan(statement, single, proof, proof.scatter, call, recompile)
-
-    # --- proofs ----------------------------------------------------------------------------------------------------
-
-    def _known(self, shape: Any) -> StatementProof | InsertProof | None:
-        with self._lock:
-            proof = self._proofs.get(shape)
-            if proof is not None:
-                self._proofs.move_to_end(shape)
-            return proof
-
-    def _keep(self, shape: Any, proof: StatementProof | InsertProof) -> None:
-        with self._lock:
-            self._proofs[shape] = proof
-            while len(self._proofs) > self._size:
-                self._proofs.popitem(last=False)
 
     def _compiling(self, names: Sequence[str], many: bool) -> Compile:
         return lambda statement: Compiled(self._dialect, statement, names, many)
