@@ -118,6 +118,13 @@ def _table(
         reasons.append(f"table {table} is unlogged or temporary, which logical replication does not carry")
     if not mine.primary_key and any(column.generated for column in mine.columns):
         reasons.append(f"table {table} has generated columns and no primary key")
+    if not mine.primary_key and mine.identity != "i":
+        # Whole rows are sought on the target then, column by column.
+        reasons += [
+            f"table {table} has no primary key, and {column.name} is {column.type}, which has no equality"
+            for column in mine.columns
+            if not tables.has_equality(here, table, column)
+        ]
     if mine.kind == "p" and table.key not in mine.identity_columns:
         reasons.append(f"partitioned table {table} has no primary key that holds {table.key}")
     if not _key_is_indexed(here, table):

@@ -234,11 +234,11 @@ class TransferRun:
         return int(rows * share), int(sum(table.bytes for table in found if table) * share)
 
     def _same_servers(self) -> bool:
-        """Whether both servers are the ones that the copy began with, and its slot is there."""
+        """Whether both servers are the ones that the copy began with, and its slot is of use."""
         stored = self.catalog.transfer(self.row.id).record.get("identities", {})
         if any(stored.get(shard.name) != _identity_json(connection) for shard, connection in self._both()):
             return False
-        return not replication.subscription_exists(self.target, self.name) or replication.slot_exists(
+        return not replication.subscription_exists(self.target, self.name) or not replication.slot_is_lost(
             self.source, self.name
         )
 
@@ -352,6 +352,12 @@ class TransferRun:
                 return time.monotonic() - started
             self._copy_state()
             if time.monotonic() - started > 2:
+                if sender is None and replication.slot_is_lost(self.source, self.name):
+                    raise ReplicationFailed(
+                        f"Shard {self.source_shard.name} gave up the slot {self.name}: it held back too much WAL.",
+                        hint="`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before.",
+                        shard=self.source_shard.name,
+                    )
                 self._wait_for(f"shard {self.target_shard.name} applies the writes made meanwhile")
             self.around.pause(0.005)
 

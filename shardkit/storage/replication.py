@@ -119,6 +119,12 @@ def slot_exists(source: Connection, name: str) -> bool:
     return value(source, "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", (name,)) is not None
 
 
+def slot_is_lost(source: Connection, name: str) -> bool:
+    """Whether nothing can be streamed from the slot any more: it is gone, or outgrew ``max_slot_wal_keep_size``."""
+    query = "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND wal_status IS DISTINCT FROM 'lost'"
+    return value(source, query, (name,)) is None
+
+
 def create_slot(source: Connection, name: str) -> None:
     """Make the slot. Waits for every transaction that writes on the server now, as long as statement_timeout allows;
     a creation that is cancelled leaves nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import psycopg
 from psycopg import sql
 
 from shardkit.core.topology import KeyType, ShardedTable
@@ -135,6 +136,16 @@ def _guessed_rows(connection: Connection, table: ShardedTable, oid: int) -> floa
 def is_empty(connection: Connection, table: ShardedTable) -> bool:
     """Whether the table has no row."""
     return value(connection, sql.SQL("SELECT 1 FROM {} LIMIT 1").format(relation(table))) is None
+
+
+def has_equality(connection: Connection, table: ShardedTable, column: Column) -> bool:
+    """Whether values of the column can be compared."""
+    query = sql.SQL("SELECT DISTINCT {} FROM {} LIMIT 0").format(sql.Identifier(column.name), relation(table))
+    try:
+        connection.execute(query)
+    except psycopg.errors.UndefinedFunction:
+        return False
+    return True
 
 
 def key_problems(table: ShardedTable, found: Table | None) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from psycopg import sql
 
+from shardkit.core.errors import PreflightFailed
 from shardkit.core.topology import ShardedTable
 from shardkit.storage.connections import connect, value
 from tests.fix_shards import MakeShards, fill
@@ -87,3 +89,19 @@ def test_settings_of_a_database_that_are_meant_for_applications(make_shards: Mak
         }
     shards.move()
     shards.assert_clean()
+
+
+def test_a_type_without_equality_needs_a_primary_key(make_shards: MakeShards) -> None:
+    """An UPDATE of such a row could not be applied: its old version cannot be found."""
+    schema = """
+    CREATE TABLE public.things (id int NOT NULL, "a%" json, p point);
+    CREATE INDEX ON public.things (id);
+    """
+    shards = make_shards(1, tables=(ShardedTable("public", "things", "id", "int"),), schema=schema)
+    shards.add("s2", 1)
+    with pytest.raises(PreflightFailed) as caught:
+        shards.move()
+    named = [line for line in caught.value.message.splitlines() if "has no equality" in line]
+    assert ["a% is json" in named[0], "p is point" in named[1]] == [True, True]
+    assert len(named) == 2
+    assert not shards.topology().by_id[1].in_transit
