@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 import shardkit
 from shardkit.core.keyrange import POSITION_MAX, Arc, ArcSet
 from shardkit.core.ring import position
-from shardkit.core.topology import Topology
+from shardkit.core.topology import ShardedTable, Topology
 from shardkit.storage import change, membership, predicate
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, ShardConnections
@@ -211,8 +211,9 @@ def _of(before: Topology | None) -> Topology:
     return before
 
 
-def _parents_first(topology: Topology) -> list[Any]:
-    return sorted(topology.tables, key=lambda table: ["users", "posts"].index(table.name))
+def _parents_first(topology: Topology) -> list[ShardedTable]:
+    """The tables that tests fill before they move keys."""
+    return [table for name in ("users", "posts") for table in topology.tables if table.name == name]
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
@@ -222,3 +223,8 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
         time.sleep(0.005)
     return found
+
+
+def affected(result: Any) -> int:
+    """The number of rows that a statement wrote; SQLAlchemy's types do not know it."""
+    return int(result.rowcount)

@@ -20,7 +20,7 @@ from shardkit.storage.dialect import WRITES
 
 from .gather import gather
 from .merged import merged
-from .routing import Parameters, Plan, Route
+from .routing import Parameters, Route
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
@@ -117,6 +117,3 @@ async def _in_tasks(works: dict[int, _Work]) -> dict[int, CursorResult[Any]]:
             task.cancel()
         await asyncio.gather(*tasks.values(), return_exceptions=True)
     return {shard_id: task.result() for shard_id, task in tasks.items()}
-
-
-__all__ = ["Dispatch", "Plan"]

@@ -162,18 +162,22 @@ class ShardSession(Session):
         What is executed on it is not routed: it sees every row of that shard, those in transit too. The options count
         where the connection is opened by this call.
         """
-        if bind_arguments and bind_arguments.get("bind") is not None:
+        arguments = dict(bind_arguments or {})
+        key, shard = arguments.pop("key", key), arguments.pop("shard", shard)
+        if arguments.get("bind") is not None:
             _refuse_bind()
+        if key is None and shard is None:
+            return super().connection(arguments, execution_options)
         shards = self.shards
+        known = frozenset(shards.scope.participants)
         shards.options = execution_options
         try:
-            if key is not None:
-                return self.provision_position(position(key))
-            if shard is not None:
-                return self._provision_named(shard)
-            return super().connection(bind_arguments, execution_options)
+            found = self._provision_named(shard) if key is None else self.provision_position(position(key))
         finally:
             shards.options = None
+        if execution_options and known >= shards.scope.participants.keys():
+            super().connection({"engine": found.engine}, execution_options)  # warns that they are ignored
+        return found
 
     def _provision_named(self, name: str) -> Connection:
         shards = self.shards
@@ -213,23 +217,25 @@ class ShardSession(Session):
 
     # --- bulk ------------------------------------------------------------------------------------------------------
 
-    def execute(self, statement: Executable, params: Any = None, **options: Any) -> Any:
-        """As SQLAlchemy's; rows of a bulk operation go each to its own shard."""
-        if bulk.is_bulk(statement, params):
-            return bulk.execute(self, super().execute, statement, params, options)
-        return super().execute(statement, params, **options)
+    if not TYPE_CHECKING:  # the types are the base class's
 
-    def scalars(self, statement: Executable, params: Any = None, **options: Any) -> Any:
-        """As SQLAlchemy's."""
-        if bulk.is_bulk(statement, params):
-            return bulk.execute(self, super().execute, statement, params, options).scalars()
-        return super().scalars(statement, params, **options)
+        def execute(self, statement: Executable, params: Any = None, **options: Any) -> Any:
+            """As SQLAlchemy's; rows of a bulk operation go each to its own shard."""
+            if bulk.is_bulk(statement, params):
+                return bulk.execute(self, super().execute, statement, params, options)
+            return super().execute(statement, params, **options)
 
-    def scalar(self, statement: Executable, params: Any = None, **options: Any) -> Any:
-        """As SQLAlchemy's."""
-        if bulk.is_bulk(statement, params):
-            return bulk.execute(self, super().execute, statement, params, options).scalar()
-        return super().scalar(statement, params, **options)
+        def scalars(self, statement: Executable, params: Any = None, **options: Any) -> Any:
+            """As SQLAlchemy's."""
+            if bulk.is_bulk(statement, params):
+                return bulk.execute(self, super().execute, statement, params, options).scalars()
+            return super().scalars(statement, params, **options)
+
+        def scalar(self, statement: Executable, params: Any = None, **options: Any) -> Any:
+            """As SQLAlchemy's."""
+            if bulk.is_bulk(statement, params):
+                return bulk.execute(self, super().execute, statement, params, options).scalar()
+            return super().scalar(statement, params, **options)
 
 
 def _refuse_bind() -> NoReturn:

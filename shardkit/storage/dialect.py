@@ -17,6 +17,7 @@ from uuid import UUID
 import psycopg
 from psycopg import errors
 from sqlalchemy import BigInteger, Connection, Text, Uuid, func, literal, select, text
+from sqlalchemy import cast as cast_in_sql
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import (
     PGDialect_psycopg,
@@ -232,7 +233,8 @@ def _check_hash(connection: Connection, shard: ShardIdentity) -> None:
     positions = []
     for key in VECTORS:
         hash_of, key_type = _HASHES[type(key)]
-        positions.append(hash_of(literal(key, key_type), 0))
+        # As text: a cursor that binds on the client would write -9223372036854775808::bigint, which is too large.
+        positions.append(hash_of(cast_in_sql(literal(str(key), Text), key_type), 0))
     if tuple(connection.execute(select(*positions)).one()) != tuple(position(key) for key in VECTORS):
         raise IncompatibleServer(
             f"The server of shard {shard.name} hashes otherwise than the ring: keys would be sought on wrong shards.",

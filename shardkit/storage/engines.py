@@ -7,6 +7,7 @@ async one inside SQLAlchemy's greenlets. It reads topologies for the router, and
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -14,16 +15,20 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import await_
 
+from shardkit.core.errors import ShardkitError
 from shardkit.core.topology import Shard, Topology
 
 from .dialect import DRIVER, ShardIdentity, unfenced
 from .topologies import READ_COPY, READ_CURRENT
 from .urls import sqlalchemy_url
+
+_CONNECT_SECONDS = 10
+"""For shards, where nobody says otherwise: libpq alone would wait for minutes."""
 
 _CATALOG_CONNECT_SECONDS = 3
 """A router asks the catalog while an application waits; the copies on the shards answer as well."""
@@ -61,8 +66,11 @@ class Engines:
 
     def _make(self, shard: Shard) -> Engine:
         options = dict(self._options)
-        options["connect_args"] = {"fallback_application_name": "shardkit", **options.get("connect_args", {})}
         url = sqlalchemy_url(shard.url).set(drivername=DRIVER)
+        arguments: dict[str, Any] = {"fallback_application_name": "shardkit"}
+        if "connect_timeout" not in url.query and "PGCONNECT_TIMEOUT" not in os.environ:
+            arguments["connect_timeout"] = _CONNECT_SECONDS
+        options["connect_args"] = {**arguments, **options.get("connect_args", {})}
         identity = ShardIdentity(shard.id, shard.name, self._cluster)
         if self.is_async:
             return create_async_engine(url, shard=identity, **options).sync_engine
@@ -96,7 +104,7 @@ class Engines:
         try:
             with unfenced(), self.shard(shard).connect() as connection:
                 document = connection.execute(text(READ_COPY)).scalar()
-        except DBAPIError:
+        except (SQLAlchemyError, ShardkitError):
             return None
         return Topology.from_json(document) if document is not None else None
 

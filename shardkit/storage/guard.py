@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import psycopg
 from psycopg import errors, generators, pq, sql
@@ -100,16 +100,9 @@ class _Guarded(BaseConnection[Any]):
         finally:
             self._doors -= 1
 
-    def check_text(self, query: Any) -> None:
+    def check_text(self, query: bytes) -> None:
         """Refuse transaction commands as text; forget the fences that a rollback to a savepoint may release."""
-        if isinstance(query, str):
-            found = control(query)
-        elif isinstance(query, bytes):
-            found = control(query.decode("utf-8", "replace"))
-        elif query is None:
-            return
-        else:
-            found = control(query.as_string(self) if isinstance(query, sql.Composable) else str(query))
+        found = control(query)
         if found is Control.NONE or self._doors:
             return
         if found is Control.END:
@@ -234,32 +227,19 @@ def _check_patience(guard: Guard, error: BaseException) -> None:
 _Step = Callable[[Guard], Any]
 
 
-class _GuardedCursorMixin:
-    """Cursors that show the connection what they are about to send."""
+class _GuardedCursor:
+    """A cursor that shows the connection what it is about to send, as it will be sent."""
 
-    def _start_query(self, query: Any = None) -> Any:
-        self._conn.check_text(query)  # type: ignore[attr-defined]
-        return super()._start_query(query)  # type: ignore[misc]
-
-    def _start_copy_gen(self, statement: Any, params: Any = None) -> Any:
-        self._conn.check_text(statement)  # type: ignore[attr-defined]
-        return super()._start_copy_gen(statement, params)  # type: ignore[misc]
+    def _convert_query(self, query: Any, params: Any = None) -> Any:
+        converted = super()._convert_query(query, params)  # type: ignore[misc]
+        self._conn.check_text(converted.query)  # type: ignore[attr-defined]
+        return converted
 
 
-class _Cursor(_GuardedCursorMixin, psycopg.Cursor[Any]):
-    pass
-
-
-class _ServerCursor(_GuardedCursorMixin, psycopg.ServerCursor[Any]):
-    pass
-
-
-class _AsyncCursor(_GuardedCursorMixin, psycopg.AsyncCursor[Any]):
-    pass
-
-
-class _AsyncServerCursor(_GuardedCursorMixin, psycopg.AsyncServerCursor[Any]):
-    pass
+@lru_cache(maxsize=64)
+def _guarded(cursor: type[Any]) -> type[Any]:
+    """A class of cursors, guarded."""
+    return type(cursor.__name__, (_GuardedCursor, cursor), {})
 
 
 class GuardedConnection(_Guarded, psycopg.Connection[Any]):
@@ -267,8 +247,13 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cursor_factory = _Cursor
-        self.server_cursor_factory = _ServerCursor
+        self.cursor_factory = _guarded(psycopg.Cursor)
+        self.server_cursor_factory = _guarded(psycopg.ServerCursor)
+
+    @classmethod
+    def connect(cls, *args: Any, cursor_factory: Any = None, **kwargs: Any) -> Self:
+        """As psycopg's; a cursor class of the application's own is guarded as well."""
+        return super().connect(*args, cursor_factory=cursor_factory and _guarded(cursor_factory), **kwargs)
 
     def transaction(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:  # type: ignore[override]
         """Refused: it sends a BEGIN without a fence, or unwinds savepoints that hold one."""
@@ -316,8 +301,14 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cursor_factory = _AsyncCursor
-        self.server_cursor_factory = _AsyncServerCursor
+        self.cursor_factory = _guarded(psycopg.AsyncCursor)
+        self.server_cursor_factory = _guarded(psycopg.AsyncServerCursor)
+
+    @classmethod
+    async def connect(cls, *args: Any, cursor_factory: Any = None, **kwargs: Any) -> Self:
+        """As on the sync connection."""
+        guarded = cursor_factory and _guarded(cursor_factory)
+        return await super().connect(*args, cursor_factory=guarded, **kwargs)
 
     def transaction(self, *args: Any, **kwargs: Any) -> AbstractAsyncContextManager[Any]:  # type: ignore[override]
         """Refused, as on the sync connection."""

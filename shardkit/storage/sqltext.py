@@ -41,12 +41,14 @@ _CACHED_LENGTH = 16_384
 _ENDS = {"begin", "start", "commit", "end", "abort"}
 
 
-def control(text: str) -> Control:
-    """What ``text``, one or several statements, does to its transaction; the gravest of them counts."""
-    return _cached(text) if len(text) <= _CACHED_LENGTH else _control(text)
+def control(query: bytes) -> Control:
+    """What a text as it is sent, one or several statements, does to its transaction; the gravest of them counts."""
+    return _cached(query) if len(query) <= _CACHED_LENGTH else _control(query)
 
 
-def _control(text: str) -> Control:
+def _control(query: bytes) -> Control:
+    # Words and signs that matter are ASCII; what others stand for in the client's encoding does not matter.
+    text = query.decode("utf-8", "replace")
     if _SUSPECT.search(text) is None:
         return Control.NONE
     found = {_of_statement(words) for words in _statements(text)}

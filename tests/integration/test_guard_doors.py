@@ -135,6 +135,15 @@ def test_transaction_commands_as_text(cluster: shardkit.ShardCluster, command: s
         assert connection.execute(text("SELECT 1")).scalar() == 1
 
 
+def test_transaction_commands_by_a_cursor_class_of_the_application(sharded: ShardedCluster) -> None:
+    arguments = {"cursor_factory": psycopg.ClientCursor}
+    with sharded.connect(connect_args=arguments) as cluster, cluster.sessionmaker()() as session:
+        connection = session.connection(shard="s0")
+        with pytest.raises(UnguardedStatement):
+            connection.exec_driver_sql("SELECT 1; COMMIT")
+        assert connection.exec_driver_sql("SELECT %s::text", ("'; COMMIT; --",)).scalar() == "'; COMMIT; --"
+
+
 def test_a_transaction_ended_behind_the_back_lets_nothing_through(cluster: shardkit.ShardCluster) -> None:
     with cluster.sessionmaker()() as session:
         connection = session.connection(shard="s0")

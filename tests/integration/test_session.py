@@ -36,7 +36,7 @@ from shardkit.core.errors import (
 )
 from shardkit.storage.connections import connect
 from tests.fix_postgres import FreshDatabase
-from tests.sharded import Base, Post, ShardedCluster, User, until
+from tests.sharded import Base, Post, ShardedCluster, User, affected, until
 
 
 @pytest.fixture
@@ -208,8 +208,8 @@ def test_rows_in_transit_are_not_seen(
             assert sorted(session.scalars(select(User.id).where(User.id.in_(keys)))) == sorted(keys)
             assert session.scalar(select(func.count()).select_from(Post)) == 6
             assert session.scalar(select(func.sum(User.score))) == sum(keys)
-            assert session.execute(update(Post).values(caption="x")).rowcount == 6
-            assert session.execute(delete(User).where(User.name == f"user {key}")).rowcount == 1
+            assert affected(session.execute(update(Post).values(caption="x"))) == 6
+            assert affected(session.execute(delete(User).where(User.name == f"user {key}"))) == 1
             assert session.get(User, key) is None
             session.rollback()
             assert session.get_one(User, key).name == f"user {key}"
@@ -277,12 +277,12 @@ def test_statements_that_write(
     with cluster.sessionmaker()() as session:
         user = session.get_one(User, key)
         updated = session.execute(update(User).where(User.id == key).values(name="changed"))
-        assert updated.rowcount == 1
+        assert affected(updated) == 1
         assert user.name == "changed"
         returned = update(User).where(User.id == key).values(score=User.score + 1).returning(User)
         assert session.scalars(returned).all() == [user]
         assert user.score == key + 1
-        assert session.execute(delete(Post).where(Post.user_id == key, Post.id == 1)).rowcount == 1
+        assert affected(session.execute(delete(Post).where(Post.user_id == key, Post.id == 1))) == 1
         inserted = insert(Post).values(user_id=key, id=5, caption="x").returning(Post.id)
         assert session.scalars(inserted).one() == 5
         session.execute(insert(Post), [{"user_id": key, "id": number, "caption": "x"} for number in (6, 7)])

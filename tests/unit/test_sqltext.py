@@ -66,27 +66,32 @@ UNWINDING = [
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_harmless(text: str) -> None:
-    assert control(text) is Control.NONE
+    assert control(text.encode()) is Control.NONE
 
 
 @pytest.mark.parametrize("text", ENDING)
 def test_ending(text: str) -> None:
-    assert control(text) is Control.END
+    assert control(text.encode()) is Control.END
 
 
 @pytest.mark.parametrize("text", UNWINDING)
 def test_unwinding(text: str) -> None:
-    assert control(text) is Control.UNWIND
+    assert control(text.encode()) is Control.UNWIND
 
 
 def test_the_gravest_counts() -> None:
-    assert control("ROLLBACK TO x; COMMIT") is Control.END
+    assert control(b"ROLLBACK TO x; COMMIT") is Control.END
 
 
 def test_a_comment_that_is_never_closed_hides_nothing_that_the_server_would_run() -> None:
-    assert control("SELECT 1; /* never closed; commit") is Control.NONE
+    assert control(b"SELECT 1; /* never closed; commit") is Control.NONE
 
 
 def test_texts_too_long_to_keep() -> None:
-    assert control("SELECT 1; " * 20_000 + "COMMIT") is Control.END
-    assert control("SELECT 'commit'; " * 20_000) is Control.NONE
+    assert control(b"SELECT 1; " * 20_000 + b"COMMIT") is Control.END
+    assert control(b"SELECT 'commit'; " * 20_000) is Control.NONE
+
+
+def test_other_encodings() -> None:
+    assert control("SELECT 'é'; commit".encode("latin-1")) is Control.END
+    assert control("SELECT 'é; commit'".encode("latin-1")) is Control.NONE
