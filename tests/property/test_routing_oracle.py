@@ -281,9 +281,15 @@ class Statements:
         return [column.label(f"a{number}") for number, column in enumerate(chosen)]
 
     def statement(self) -> Any:
-        kind = self.one(
-            "simple", "simple", "simple", "rows", "rows", "aggregates", "grouped", "wrapped", "union", "eager"
+        kinds = (
+            ["simple"] * 3
+            + ["outer"] * 2
+            + ["rows"] * 2
+            + ["aggregates", "grouped", "wrapped", "union", "eager"]
         )
+        kind = self.one(*kinds)
+        if kind == "outer":
+            return self.outer()
         if kind == "simple":
             return self.simple()
         if kind == "aggregates":
@@ -316,6 +322,20 @@ class Statements:
         return (
             self.finished(statement, sources) if columns != self.aggregates and self.chance(40) else statement
         )
+
+    def outer(self) -> Any:
+        """An outer join, with constants on either side of ON and WHERE."""
+        one, other = self.source(), aliased(self.one(*ENTITIES))
+        number = self.draw(keys)
+        constants = [key(one) == number, key(other) == number, key(other).in_([number]), key(other).is_(None)]
+        on = self.one(
+            key(other) == key(one), key(other) == key(one), key(other) == key(one), other.n == one.n
+        )
+        if self.chance(50):
+            on = and_(on, self.one(*constants))
+        statement = select(key(one).label("a"), one.n.label("b"), key(other).label("c"), other.n.label("d"))
+        statement = statement.select_from(one).join(other, on, isouter=True, full=self.chance(40))
+        return statement.where(*self.draw(st.lists(st.sampled_from(constants), max_size=2)))
 
     def finished(self, statement: Any, sources: list[Any]) -> Any:
         """With a clause after WHERE, or none."""
