@@ -92,7 +92,9 @@ class _Context(PGExecutionContext_psycopg):
         marked = self.execution_options.get(WRITES)
         if marked is not None:
             return bool(marked)
-        return self.compiled is None or self.is_text
+        if self.compiled is None or self.is_text:
+            return True
+        return any(cte.element.is_dml for cte in getattr(self.compiled, "ctes", None) or ())
 
 
 class _GuardedDialect(PGDialect_psycopg):

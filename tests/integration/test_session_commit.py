@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event, insert, select, text, update
+from sqlalchemy import create_engine, event, insert, literal, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 import shardkit
@@ -51,6 +51,9 @@ SECOND_WRITES: dict[str, Callable[[Any, int], Any]] = {
     "core": lambda session, key: session.execute(insert(USERS_TABLE).values(id=key, name="x", score=0)),
     "connection": lambda session, key: session.connection(key=key).execute(
         insert(USERS_TABLE), {"id": key, "name": "x", "score": 0}
+    ),
+    "cte": lambda session, key: session.connection(key=key).execute(
+        select(literal(1)).add_cte(insert(USERS_TABLE).values(id=key, name="x", score=0).cte("written"))
     ),
     "text": lambda session, key: session.connection(key=key).execute(text("SELECT set_config('a.b', '1', true)")),
     "driver": lambda session, key: session.connection(key=key).exec_driver_sql("SELECT 1"),
