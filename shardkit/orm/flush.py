@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import inspect
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
@@ -33,9 +33,18 @@ class Mapped:
     parents: tuple[str, ...]
 
 
-@lru_cache(maxsize=4096)
+_mapped: WeakKeyDictionary[Mapper[Any], Mapped] = WeakKeyDictionary()
+
+
 def mapped(mapper: Mapper[Any]) -> Mapped:
     """The facts of a mapped class; `DeclarationError` or `UnroutableQuery` if it is not sharded."""
+    known = _mapped.get(mapper)
+    if known is None:
+        known = _mapped[mapper] = _find(mapper)
+    return known
+
+
+def _find(mapper: Mapper[Any]) -> Mapped:
     tables = tuple(declared_of(table) for table in mapper.tables)
     column = key_column_of(mapper)
     parents = tuple(
