@@ -8,7 +8,7 @@ place shows.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy import (
     Engine,
     ForeignKey,
     ForeignKeyConstraint,
+    MetaData,
     String,
     Table,
     create_engine,
@@ -90,7 +91,7 @@ def rows() -> Iterator[tuple[Table, dict[str, Any]]]:
 
 def stale(row: dict[str, Any]) -> dict[str, Any]:
     """What a copy of a row looks like that should not be seen."""
-    return {**row, "n": (row["n"] or 0) + 1000}
+    return {**row, "n": (row.get("n") or 0) + 1000} if "n" in row else row
 
 
 def thirds(version: int = 1) -> Topology:
@@ -133,14 +134,22 @@ class Fleet:
     planner: Planner = field(repr=False)
 
     @classmethod
-    def over(cls, name: str, urls: Sequence[str], topology: Topology) -> Fleet:
+    def over(
+        cls,
+        name: str,
+        urls: Sequence[str],
+        topology: Topology,
+        metadata: MetaData = Base.metadata,
+        content: Iterable[tuple[Table, dict[str, Any]]] | None = None,
+    ) -> Fleet:
         """A fleet on empty databases, filled with the rows that each shard owns and with stale ones in transit."""
+        listed = list(rows() if content is None else content)
         engines = {number: create_engine(sqlalchemy_url(url)) for number, url in enumerate(urls)}
         for number, engine in engines.items():
-            Base.metadata.create_all(engine)
+            metadata.create_all(engine)
             arcs = topology.by_id[number].in_transit
             with engine.begin() as connection:
-                for table, row in rows():
+                for table, row in listed:
                     at = position(row[key_column(table).name])
                     if topology.ring.owner_at(at) == number:
                         connection.execute(table.insert(), row)
@@ -200,3 +209,6 @@ class _Dispatch:
             for number, part in route.shards.items()
         }
         return next(iter(results.values())) if route.merge is None else merged(results, gather, route.merge)
+
+    def scalar(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
+        return self.execute(statement, parameters, execution_options=execution_options).scalar()
