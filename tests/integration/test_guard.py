@@ -310,6 +310,22 @@ def test_a_server_that_does_not_answer(sharded: ShardedCluster, cluster: shardki
         assert session.get(User, other) is None
 
 
+def test_a_server_that_has_gone_elsewhere(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, key: int
+) -> None:
+    """The topology is read again before a shard is reported unreachable."""
+    (moving,) = sharded.keys("s1", 1)
+    sharded.move_key(moving)  # so that there is an older topology
+    document = sharded.topology.to_json()
+    document["version"] -= 1
+    for shard in document["shards"]:
+        shard["fence"][0] = min(shard["fence"][0], document["version"])
+    document["shards"][0]["url"] = "postgresql://postgres@127.0.0.1:1/nowhere"
+    cluster.router._topology = Topology.from_json(document)
+    with cluster.sessionmaker()() as session:
+        assert session.get_one(User, key).name == "x"
+
+
 def test_a_database_that_is_another_shard(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
     document = sharded.topology.to_json()
     first, second = document["shards"][0], document["shards"][1]
