@@ -187,7 +187,7 @@ class ShardTransaction:
                 ) from error
 
     def _guard(self, shard: Shard, waiting: _Waiting) -> Guard:
-        return Guard(shard.id, shard.name, shard.fence, self.scope, waiting.deadline)
+        return Guard(self._engines.identity(shard), shard.fence, self.scope, waiting.deadline)
 
     def _run(self, outcome: Any) -> None:
         self._engines.run(outcome)

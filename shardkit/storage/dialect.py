@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, cast
 from uuid import UUID
 
@@ -36,10 +35,12 @@ from shardkit.core.errors import (
 from shardkit.core.ring import position
 
 from .guard import INERROR, Guard, GuardedAsyncConnection, GuardedConnection
+from .identity import ShardIdentity
 from .scope import Scope
 from .servers import VECTORS
 
 DRIVER = "postgresql+shardkit"
+READ_IDENTITY = "SELECT cluster_id, shard_id, name FROM shardkit.shard"
 WRITES = "shardkit_writes"
 """Execution option: whether a statement that does not show it writes; text does unless this is False."""
 
@@ -65,15 +66,6 @@ def unfenced() -> Iterator[None]:
         yield
     finally:
         _unfenced.reset(token)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardIdentity:
-    """Whose shard a database must say it is. ``cluster`` is None where it is not known yet."""
-
-    shard_id: int
-    name: str
-    cluster: UUID | None
 
 
 class _Context(PGExecutionContext_psycopg):
@@ -245,24 +237,14 @@ def _check_hash(connection: Connection, shard: ShardIdentity) -> None:
         )
 
 
-_IDENTITY = text("SELECT cluster_id, shard_id, name FROM shardkit.shard")
-
-
 def _check_identity(connection: Connection, shard: ShardIdentity) -> None:
     """`IncompatibleServer` for a database that is another shard or none."""
     row = None
     if connection.execute(text("SELECT to_regclass('shardkit.shard')")).scalar() is not None:
-        row = connection.execute(_IDENTITY).one_or_none()
-    if row is not None and row.shard_id == shard.shard_id and shard.cluster in (None, row.cluster_id):
-        return
-    is_now = (
-        "no shard" if row is None else f"shard {row.name!r} (id {row.shard_id}) of catalog {row.cluster_id}"
-    )
-    raise IncompatibleServer(
-        f"The database of shard {shard.name} (id {shard.shard_id}) is {is_now}.",
-        hint="Correct the URL of the shard, or what its host name points to.",
-        shard=shard.name,
-    )
+        row = connection.execute(text(READ_IDENTITY)).one_or_none()
+    if row is None:
+        raise shard.refusal("no shard")
+    shard.check(*row)
 
 
 class GuardedDialect(_GuardedDialect):

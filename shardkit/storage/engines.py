@@ -23,7 +23,8 @@ from sqlalchemy.util.concurrency import await_
 from shardkit.core.errors import ShardkitError
 from shardkit.core.topology import Shard, Topology
 
-from .dialect import DRIVER, ShardIdentity, unfenced
+from .dialect import DRIVER, READ_IDENTITY, unfenced
+from .identity import ShardIdentity
 from .topologies import READ_COPY, READ_CURRENT
 from .urls import sqlalchemy_url
 
@@ -64,6 +65,10 @@ class Engines:
                 known = self._shards[shard.id, shard.url] = self._make(shard)
         return known
 
+    def identity(self, shard: Shard) -> ShardIdentity:
+        """What the database of a shard must say it is."""
+        return ShardIdentity(shard.id, shard.name, self._cluster)
+
     def _make(self, shard: Shard) -> Engine:
         options = dict(self._options)
         url = sqlalchemy_url(shard.url).set(drivername=DRIVER)
@@ -71,7 +76,7 @@ class Engines:
         if "connect_timeout" not in url.query and "PGCONNECT_TIMEOUT" not in os.environ:
             arguments["connect_timeout"] = _CONNECT_SECONDS
         options["connect_args"] = {**arguments, **options.get("connect_args", {})}
-        identity = ShardIdentity(shard.id, shard.name, self._cluster)
+        identity = self.identity(shard)
         if self.is_async:
             return create_async_engine(url, shard=identity, **options).sync_engine
         return create_engine(url, shard=identity, **options)
@@ -91,19 +96,23 @@ class Engines:
     # --- reading topologies ----------------------------------------------------------------------------------------
 
     def read_current(self) -> Topology | None:
-        """What the catalog holds to be current; None if it cannot be asked."""
+        """What the catalog holds to be current; None if it cannot be asked, or is another cluster's."""
         try:
             with self._catalog_engine().connect() as connection:
                 document = connection.execute(text(READ_CURRENT)).scalar()
+                cluster = connection.execute(text("SELECT id FROM shardkit.cluster")).scalar()
         except SQLAlchemyError:
             return None
-        return Topology.from_json(document) if document is not None else None
+        if document is None or self._cluster not in (None, cluster):
+            return None
+        return Topology.from_json(document)
 
     def read_copy(self, shard: Shard) -> Topology | None:
-        """The copy that a shard holds; None if it cannot be asked."""
+        """The copy that a shard holds; None if it cannot be asked, or is another cluster's."""
         try:
             with unfenced(), self.shard(shard).connect() as connection:
                 document = connection.execute(text(READ_COPY)).scalar()
+                self.identity(shard).check(*connection.execute(text(READ_IDENTITY)).one())
         except (SQLAlchemyError, ShardkitError):
             return None
         return Topology.from_json(document) if document is not None else None

@@ -17,6 +17,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, cont
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn, Self
+from uuid import UUID
 
 import psycopg
 from psycopg import errors, generators, pq, sql
@@ -25,6 +26,7 @@ from psycopg._connection_base import BaseConnection
 from shardkit.core.errors import TopologyChanged, TopologyUnsettled, UnguardedStatement
 from shardkit.core.topology import Fence, Topology
 
+from .identity import ShardIdentity
 from .scope import Scope
 from .sqltext import Control, control
 
@@ -55,11 +57,15 @@ class StaleFence(Exception):  # a signal between guard and session, never seen b
 class Guard:
     """What a transaction begins behind: the fence of a shard, for a scope, to be had until a deadline (monotonic)."""
 
-    shard_id: int
-    shard_name: str
+    identity: ShardIdentity
     fence: Fence
     scope: Scope
     deadline: float
+
+    @property
+    def shard_name(self) -> str:
+        """The shard's name."""
+        return self.identity.name
 
 
 @lru_cache(maxsize=1024)
@@ -68,7 +74,11 @@ def _lock(fence: Fence) -> bytes:
     return sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(relation).as_bytes(None)
 
 
-_READ_COPY = b"SELECT document FROM shardkit.topology ORDER BY version DESC LIMIT 1"
+# With whose shard it is: the database at the end of a URL may have become another one's.
+_READ_COPY = (
+    b"SELECT t.document, s.cluster_id, s.shard_id, s.name FROM shardkit.topology t CROSS JOIN shardkit.shard s "
+    b"ORDER BY t.version DESC LIMIT 1"
+)
 _SAVE = b"SAVEPOINT shardkit_fence; "
 _KEEP = b"; RELEASE SAVEPOINT shardkit_fence"
 _UNDO = b"ROLLBACK TO SAVEPOINT shardkit_fence; RELEASE SAVEPOINT shardkit_fence"
@@ -144,7 +154,7 @@ class _Guarded(BaseConnection[Any]):
             yield from self._simple(self._get_tx_start_command() + b"; " + _lock(guard.fence))
         except _NO_FENCE as error:
             yield from self._simple(b"ROLLBACK")
-            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen())) from error
+            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen(guard))) from error
         except _IMPATIENT:
             yield from self._simple(b"ROLLBACK")
             raise
@@ -170,13 +180,16 @@ class _Guarded(BaseConnection[Any]):
             yield from self._simple(_SAVE + _lock(guard.fence) + _KEEP)
         except _NO_FENCE as error:
             yield from self._simple(_UNDO)
-            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen())) from error
+            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen(guard))) from error
         except _IMPATIENT:
             yield from self._simple(_UNDO)
             raise
 
-    def _copy_gen(self) -> Any:
-        """The shard's copy of the topology; None where it cannot be read, so that others are asked."""
+    def _copy_gen(self, guard: Guard) -> Any:
+        """The shard's copy of the topology; None where it cannot be read, so that others are asked.
+
+        `IncompatibleServer` for the database of another shard: what it holds is no news of this one.
+        """
         in_transaction = self.pgconn.transaction_status != IDLE
         try:
             results = yield from self._simple((_SAVE if in_transaction else b"") + _READ_COPY)
@@ -188,20 +201,24 @@ class _Guarded(BaseConnection[Any]):
             return None
         if in_transaction:
             yield from self._simple(_UNDO)
-        row = results[-1]
-        if not row.ntuples:
+        found = results[-1]
+        if not found.ntuples:
             return None
-        return Topology.from_json(json.loads(row.get_value(0, 0).decode(self.info.encoding)))
+        document, cluster, shard_id, name = (
+            found.get_value(0, column).decode(self.info.encoding) for column in range(4)
+        )
+        guard.identity.check(UUID(cluster), int(shard_id), name)
+        return Topology.from_json(json.loads(document))
 
     # --- the state of a transaction --------------------------------------------------------------------------------
 
     def entered(self, guard: Guard) -> None:
         """A transaction is open behind the fence."""
-        self.shard_id, self.shard_name = guard.shard_id, guard.shard_name
+        self.shard_id, self.shard_name = guard.identity.shard_id, guard.identity.name
         self.held = (guard.fence,)
         self.sent = self.wrote = self.ended = False
         self.scope = guard.scope
-        guard.scope.participants[guard.shard_id] = self
+        guard.scope.participants[self.shard_id] = self
 
     def left(self) -> None:
         """No transaction is open."""

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 from psycopg import sql
+from psycopg.types.json import Jsonb
 from sqlalchemy import create_engine, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
@@ -19,8 +20,9 @@ import shardkit
 from shardkit.core.errors import IncompatibleServer, ShardUnreachable, TopologyUnsettled
 from shardkit.core.topology import Fence, Topology
 from shardkit.storage.connections import Connection, connect
-from shardkit.storage.dialect import DRIVER, ShardIdentity, behind
+from shardkit.storage.dialect import DRIVER, behind
 from shardkit.storage.guard import Guard, StaleFence
+from shardkit.storage.identity import ShardIdentity
 from shardkit.storage.scope import Scope
 from shardkit.storage.urls import sqlalchemy_url
 from tests.sharded import ShardedCluster, User, until
@@ -130,7 +132,8 @@ def test_a_stale_fence_passes_through_sqlalchemy_and_leaves_nothing(
     sharded: ShardedCluster, cluster: shardkit.ShardCluster
 ) -> None:
     engine = cluster.engines.shard(sharded.topology.named("s0"))
-    guard = Guard(0, "s0", Fence(1, "0" * 8), Scope("single"), deadline=0.0)
+    shard = sharded.topology.named("s0")
+    guard = Guard(cluster.engines.identity(shard), Fence(1, "0" * 8), Scope("single"), deadline=0.0)
     with pytest.raises(StaleFence) as refused, behind(guard), engine.connect() as connection:
         connection.execute(text("SELECT 1"))
     assert refused.value.copy == sharded.topology
@@ -341,6 +344,50 @@ def test_a_database_of_another_catalog(sharded: ShardedCluster) -> None:
     with pytest.raises(IncompatibleServer, match="catalog"):
         engine.connect()
     engine.dispose()
+
+
+def test_a_database_that_became_another_shard(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, key: int
+) -> None:
+    """Found out by the next connection that the fence refuses; its copy, however new, is not believed."""
+    with cluster.sessionmaker()() as session:
+        session.get(User, key)
+        session.commit()
+        admin = sharded.admin("s0")
+        ours = sharded.query("s0", "SELECT cluster_id FROM shardkit.shard")
+        document = sharded.query(
+            "s0", "SELECT document FROM shardkit.topology ORDER BY version DESC LIMIT 1"
+        )[0][0]
+        theirs = Jsonb({**document, "version": document["version"] + 100})
+        relation = sharded.topology.named("s0").fence.relation
+        rename = sql.SQL("ALTER TABLE shardkit.{} RENAME TO {}")
+        admin.execute(rename.format(sql.Identifier(relation), sql.Identifier("elsewhere")))
+        admin.execute("UPDATE shardkit.shard SET cluster_id = %s", (uuid4(),))
+        admin.execute("UPDATE shardkit.topology SET version = version + 100, document = %s", (theirs,))
+        try:
+            before = cluster.topology
+            with pytest.raises(IncompatibleServer, match="is shard 's0'"):
+                session.get_one(User, key, populate_existing=True)
+            assert cluster.topology is before
+        finally:
+            admin.execute("UPDATE shardkit.shard SET cluster_id = %s", ours[0])
+            admin.execute(
+                "UPDATE shardkit.topology SET version = version - 100, document = %s", (Jsonb(document),)
+            )
+            admin.execute(rename.format(sql.Identifier("elsewhere"), sql.Identifier(relation)))
+        session.rollback()
+        assert session.get_one(User, key).name == "x"
+
+
+def test_a_catalog_that_became_another(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
+    with connect(sharded.catalog_url) as catalog:
+        ours = catalog.execute("SELECT id FROM shardkit.cluster").fetchone()
+        catalog.execute("UPDATE shardkit.cluster SET id = %s", (uuid4(),))
+        try:
+            assert cluster.engines.read_current() is None
+        finally:
+            catalog.execute("UPDATE shardkit.cluster SET id = %s", ours)
+        assert cluster.engines.read_current() == sharded.topology
 
 
 def test_a_database_that_is_no_shard(sharded: ShardedCluster) -> None:
