@@ -7,7 +7,9 @@ guesses: a value that is not exactly of the key's type is no key, as what Postgr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -17,7 +19,7 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper
 
 from shardkit.core.errors import DeclarationError, KeyTypeError, UnroutableQuery
-from shardkit.core.ring import position
+from shardkit.core.ring import position, positions
 from shardkit.core.topology import KeyType
 
 from . import declare
@@ -38,27 +40,64 @@ def exact_position(value: Any, family: KeyType) -> int | None:
         return None
 
 
-def bind_processor(column: Column[Any]) -> Callable[[Any], Any] | None:
-    """What makes of a Python value of a column (a decorated type, an Enum) the one that is sent."""
-    processor: Callable[[Any], Any] | None = column.type.dialect_impl(_DIALECT).bind_processor(_DIALECT)
-    return processor
+@dataclass(frozen=True, slots=True)
+class _KeyType:
+    """What is asked about a key column for each row: its family, the length of a varchar, and what makes of a Python
+    value of it (a decorated type, an Enum) the one that is sent."""
+
+    family: KeyType
+    length: int | None
+    processor: Callable[[Any], Any] | None
+
+
+_key_types: WeakKeyDictionary[Column[Any], _KeyType] = WeakKeyDictionary()
+
+
+def _key_type(column: Column[Any]) -> _KeyType:
+    known = _key_types.get(column)
+    if known is None:
+        family = declare.key_family(column.type)
+        assert family is not None
+        impl = column.type.dialect_impl(_DIALECT)
+        length = getattr(impl, "length", None) if family == "text" else None
+        known = _key_types[column] = _KeyType(family, length, impl.bind_processor(_DIALECT))
+    return known
 
 
 def required_position(value: Any, column: Column[Any]) -> int:
-    """The position of the shard key that a row to be written has; `KeyTypeError` if it is no key."""
-    family = declare.key_family(column.type)
-    assert family is not None
-    processor = bind_processor(column)
-    sent = value if processor is None else processor(value)
-    found = exact_position(sent, family)
-    if found is None:
-        shown = "None" if sent is None else f"{sent!r} ({type(sent).__name__})"
-        raise KeyTypeError(
-            f"{shown} cannot be the shard key {column.table.name}.{column.name}, which is of type {family}.",
-            hint=f"Give it a value of exactly the type {EXACT[family].__name__}.",
-            value=value,
-        )
-    return found
+    """The position of the shard key of a row to be written; `KeyTypeError` if it is no key."""
+    return required_positions([value], column)[0]
+
+
+def required_positions(values: Sequence[Any], column: Column[Any]) -> Sequence[int]:
+    """The same for many rows."""
+    processor = _key_type(column).processor
+    return sent_positions(values if processor is None else [processor(value) for value in values], column)
+
+
+def sent_positions(values: Sequence[Any], column: Column[Any]) -> Sequence[int]:
+    """The same for values as they are sent to the server."""
+    key = _key_type(column)
+    kind: Any = EXACT[key.family]
+    for value in values:
+        # To a varchar(5) PostgreSQL does not store "abcde " but "abcde", which is another key.
+        if type(value) is not kind or (key.length is not None and len(value) > key.length):
+            raise _no_key(value, column)
+    try:
+        return positions(values)
+    except KeyTypeError as error:
+        raise _no_key(error.fields.get("value"), column) from error
+
+
+def _no_key(value: Any, column: Column[Any]) -> KeyTypeError:
+    key = _key_type(column)
+    shown = "None" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
+    limit = "" if key.length is None else f", of {key.length} characters at most"
+    return KeyTypeError(
+        f"{shown} cannot be the shard key {column.table.name}.{column.name}, which is of type {key.family}.",
+        hint=f"Give it a value of exactly the type {EXACT[key.family].__name__}{limit}.",
+        value=value,
+    )
 
 
 # --- Python defaults -----------------------------------------------------------------------------------------------

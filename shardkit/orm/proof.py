@@ -146,7 +146,10 @@ def _account_for_tables(compiled: Compiled, proofs: Sequence[BlockProof]) -> Non
     for proof in proofs:
         for node in proof.nodes:
             nodes[node.table] = nodes.get(node.table, 0) + 1
+    names = {table.name: table for table in compiled.recording.tables}
     for table, times in compiled.recording.tables.items():
+        if names[table.name] is not table:
+            raise Refusal("ambiguous-name", f"two tables of it are named {table.name!r}")
         if times != nodes.get(sharded(table), 0):
             raise Refusal("hidden-from", f"{table.fullname} is read in a way that is not understood")
 

@@ -243,6 +243,10 @@ class Slot:
     index: int | None
     processor: Any
 
+    def processed(self, value: Any) -> Any:
+        """What is sent for a value."""
+        return value if self.processor is None else self.processor(value)
+
     def value(self, call: Call, parameters: Mapping[str, Any]) -> Any:
         """The raw value in one call; `MISSING` if it has none yet."""
         if parameters or call.params:

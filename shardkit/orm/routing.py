@@ -34,7 +34,7 @@ from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, S
 from .proof import Constraint, Node, prove
 from .recorder import Call, Compiled
 from .refusals import Refusal
-from .rows import InsertProof, plan_bulk_insert, plan_bulk_update, plan_values, prove_insert
+from .rows import InsertProof, plan_bulk_insert, plan_bulk_update, plan_values, prove_insert, vet_equal_names
 from .scatter import Compile, Scatter, scatter
 from .splitting import with_list
 from .vetting import reads_only, vet_insert_scatter, vet_one_shard, vet_without_tables
@@ -358,6 +358,7 @@ def _plan_each(
     """The plan of a statement with a list of parameters: each set is bound to a position of its own."""
     if not proof.updates_or_deletes:
         raise Refusal("many", "only INSERT, UPDATE and DELETE take lists of parameters")
+    vet_equal_names(parameters)
     positions: list[int] = []
     for row in parameters:
         position = proof.position(call, row)

@@ -23,7 +23,7 @@ from . import declare, keys
 from .binding import Terms, Unbound, one_position
 from .plan import OneKeyPlan, Parameters, Plan, RowsPlan, ShardPart
 from .proof import sharded
-from .recorder import Call, Compiled, Slot
+from .recorder import MISSING, Call, Compiled, Slot
 from .refusals import Refusal
 
 Row = Mapping[str, Any]
@@ -44,32 +44,34 @@ class InsertProof:
 
     def plan(self, statement: Any, parameters: Parameters, call: Call) -> Plan:
         """The plan of one call."""
-        if isinstance(parameters, Sequence):
-            filled: list[Row] = [self._filled(row, call) for row in parameters]
-            positions = [self._position(row, call) for row in filled]
-        else:
-            single = self._filled(parameters or {}, call)
-            filled = [single]
-            positions = [self._position(single, call)]
+        rows = parameters if isinstance(parameters, Sequence) else [parameters or {}]
+        filled = [self._filled(row) for row in rows]
+        positions = self._positions(filled, call)
         if self.blocks:
             self._agree(positions, one_position(self.blocks, call, filled[0]))
         if len(set(positions)) == 1:
             given = filled if isinstance(parameters, Sequence) else (filled[0] or None)
             return OneKeyPlan(statement, given, self.tables, True, positions[0])
         if self.scattered is not None:
-            raise self.scattered
+            raise self.scattered.again()
+        vet_equal_names(filled)
         return RowsPlan(statement, filled, self.tables, positions, ordered=self.returning and not self.upsert)
 
-    def _filled(self, row: Row, call: Call) -> Row:
+    def _filled(self, row: Row) -> Row:
         if self.slot is not None:
             return row
         if not keys.has_default(self.column):
             raise missing_key(self.column)
         return {**row, self.column.key: keys.default_value(self.column)}
 
-    def _position(self, row: Row, call: Call) -> int:
-        value = row[self.column.key] if self.slot is None else self.slot.value(call, row)
-        return keys.required_position(value, self.column)
+    def _positions(self, rows: Sequence[Row], call: Call) -> Sequence[int]:
+        slot, name = self.slot, self.column.key
+        if slot is None:
+            return keys.required_positions([row[name] for row in rows], self.column)
+        values = [slot.value(call, row) for row in rows]
+        if any(value is MISSING for value in values):
+            raise missing_key(self.column)
+        return keys.sent_positions([slot.processed(value) for value in values], self.column)
 
     def _agree(self, positions: Sequence[int], of_blocks: int | Unbound) -> None:
         if of_blocks is Unbound.SEVERAL or (isinstance(of_blocks, int) and {of_blocks} != set(positions)):
@@ -92,12 +94,16 @@ def prove_insert(compiled: Compiled, blocks: tuple[Terms, ...], scattered: Refus
         if value is None and column.key not in compiled.column_keys
         else compiled.column_of_insert(column, value)
     )
+    if bind is not None and declare.key_family(bind.type) != declared.key_type:
+        raise Refusal(
+            "key-expression", f"the shard key {table.name}.{column.name} is bound as a value of another type"
+        )
     vet_conflict(statement, table, column)
     return InsertProof(
         column=column,
         slot=None if bind is None else compiled.slot(bind),
         blocks=blocks,
-        tables=(declared,),
+        tables=tuple(dict.fromkeys((declared, *map(sharded, compiled.recording.tables)))),
         returning=bool(statement._returning),
         upsert=statement._post_values_clause is not None,
         scattered=scattered,
@@ -110,6 +116,14 @@ def _target(statement: Any) -> tuple[Table, ShardedTable, Column[Any]]:
     declared = sharded(statement.table)
     table: Table = statement.table
     return table, declared, declare.key_column(table)
+
+
+def vet_equal_names(rows: Sequence[Row]) -> None:
+    """`Refusal` if rows name different columns: SQLAlchemy takes the names of the first, which is another on each
+    shard."""
+    names = rows[0].keys()
+    if any(row.keys() != names for row in rows):
+        raise Refusal("row-names", "its rows name different columns")
 
 
 def missing_key(column: Column[Any]) -> KeyTypeError:
@@ -135,7 +149,7 @@ def plan_values(
     table, declared, column = _target(core)
     vet_conflict(core, table, column)
     rows: list[Mapping[Any, Any]] = compiled.state._multi_parameters
-    positions = [_values_position(row, column) for row in rows]
+    positions = keys.required_positions([_key_value(row, column) for row in rows], column)
     if blocks:
         raise Refusal("subquery", "a subquery in a list of VALUES is not routed")
     if len(set(positions)) == 1:
@@ -149,12 +163,11 @@ def plan_values(
         copy._multi_values = ([given[number] for number in numbers],)
         return ShardPart(copy, parameters)
 
-    upsert = core._post_values_clause is not None
-    ordered = bool(core._returning) and not upsert
+    ordered = bool(core._returning) and core._post_values_clause is None
     return RowsPlan(statement, parameters, (declared,), positions, ordered=ordered, made=made)
 
 
-def _values_position(row: Mapping[Any, Any], column: Column[Any]) -> int:
+def _key_value(row: Mapping[Any, Any], column: Column[Any]) -> Any:
     for key, value in row.items():
         if (key if isinstance(key, str) else key.key) == column.key:
             if isinstance(value, BindParameter):
@@ -163,7 +176,7 @@ def _values_position(row: Mapping[Any, Any], column: Column[Any]) -> int:
                 )
             if isinstance(value, ClauseElement):
                 raise Refusal("key-expression", f"the shard key {column.name} is an expression, not a value")
-            return keys.required_position(value, column)
+            return value
     raise missing_key(column)
 
 
@@ -182,7 +195,7 @@ def plan_bulk_insert(statement: Insert, rows: Sequence[Row], mapper: Mapper[Any]
     vet_conflict(statement, cast(Table, mapper.local_table), column)
     # Where a row has no key, or None for it, the ORM takes the default: here it is taken before the shard is chosen.
     filled = [row if row.get(name) is not None else _with_default(row, name, column) for row in rows]
-    positions = [keys.required_position(row[name], column) for row in filled]
+    positions = keys.required_positions([row[name] for row in filled], column)
     ordered = bool(statement._returning) and statement._post_values_clause is None
     return RowsPlan(statement, filled, tables_of(mapper), positions, ordered=ordered)
 
@@ -201,7 +214,7 @@ def plan_bulk_update(statement: Any, rows: Sequence[Row], mapper: Mapper[Any]) -
     for row in rows:
         if row.get(name) is None:
             raise missing_key(column)
-    positions = [keys.required_position(row[name], column) for row in rows]
+    positions = keys.required_positions([row[name] for row in rows], column)
     return RowsPlan(statement, rows, tables_of(mapper), positions, ordered=False)
 
 
@@ -224,6 +237,10 @@ def vet_conflict(statement: Any, table: Table, key: Column[Any]) -> None:
     clause = statement._post_values_clause
     if clause is None:
         return
+    if statement._sort_by_parameter_order:
+        raise Refusal(
+            "returning-order", "an upsert can return fewer rows than it was given, so they have no order"
+        )
     if not isinstance(clause, OnConflictClause):
         raise Refusal("extension", "a syntax extension of INSERT is not understood")
     changed = getattr(clause, "update_values_to_set", None) or {}

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import (
     BigInteger,
+    Column,
     Enum,
     Float,
     ForeignKey,
     Integer,
+    MetaData,
     String,
+    Table,
     and_,
     bindparam,
     case,
@@ -140,6 +143,12 @@ def _odd(element: Any, compiler: Any, **kw: Any) -> str:
 A: Any = aliased(Account)
 N: Any = aliased(Note)
 TABLE = Account.metadata.tables["Account"]
+ELSEWHERE = Table(
+    "Account",
+    MetaData(schema="elsewhere"),
+    Column("id", BigInteger, primary_key=True, autoincrement=False),
+    info={"shardkit": {"sharded_by": "id"}},
+)
 
 
 @pytest.fixture
@@ -281,6 +290,8 @@ def test_the_recursive_term_is_bound_too(planner: Planner) -> None:
         (select(Account).where(Account.id == bindparam("k", 9)).params(k=8), {}, 8),
         (select(Account).where(Account.id == bindparam("k", callable_=lambda: 3)), {}, 3),
         (select(Account).where(Account.id.in_(bindparam("k", expanding=True))), {"k": [7]}, 7),
+        (select(Account).where(Account.id.in_(bindparam("k"))), {"k": [7]}, 7),
+        (select(Account).where(Account.id == 5), {"id_1": 7}, 7),
         (select(Login).where(Login.login == "ABC"), {}, "abc"),
         (select(Login).where(Login.login.in_(["ABC", "abc"])), {}, "abc"),
         (select(Paint).where(Paint.colour == Colour.RED), {}, "r"),
@@ -515,6 +526,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "custom element": (select(Odd()).where(Account.id == 5), "custom"),
     "whole row": (select(func.count(TABLE.table_valued())).where(TABLE.c.id == 5), "unknown-element"),
     "sample": (select(TABLE.tablesample(10)).where(TABLE.c.id == 5), "unknown-element"),
+    "two tables of one name": (
+        select(TABLE).where(
+            TABLE.c.id == 5, exists(select(ELSEWHERE.c.id).where(ELSEWHERE.c.id == TABLE.c.id))
+        ),
+        "ambiguous-name",
+    ),
     "hint": (select(TABLE).where(TABLE.c.id == 5).with_statement_hint("x"), "hint"),
     "lambda": (lambda_stmt(lambda: select(Account)), "unknown-statement"),
     "from_statement of all": (select(Account).from_statement(select(Account)), "from-statement"),

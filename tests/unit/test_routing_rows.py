@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import (
     BigInteger,
     Column,
+    Float,
     Integer,
     MetaData,
     String,
@@ -192,8 +193,10 @@ def test_returned_rows_come_in_the_order_of_the_input(planner: Planner) -> None:
     found = route(planner, insert(Account).returning(Account), rows)
     assert isinstance(found.merge, Interleaved)
     assert sorted(number for own in found.merge.order.values() for number in own) == list(KEYS)
-    made = upsert(Account).on_conflict_do_nothing(index_elements=["id"]).returning(Account.id)
-    assert route(planner, made, rows).merge == Rows()
+    made = upsert(Account).on_conflict_do_nothing(index_elements=["id"])
+    assert route(planner, made.returning(Account.id), rows).merge == Rows()
+    ordered = made.returning(Account.id, sort_by_parameter_order=True)
+    assert refusal(planner, ordered, rows) == "returning-order"
 
 
 @pytest.mark.parametrize("value", [None, "5", 5.0, True, 2**63, uuid.UUID(int=5), b"5"])
@@ -207,6 +210,34 @@ def test_a_row_whose_key_is_no_key_is_an_error(planner: Planner, value: Any) -> 
     ):
         with pytest.raises(KeyTypeError):
             planner.plan(statement, parameters)
+
+
+def test_a_text_key_that_would_be_stored_shorter_is_an_error(planner: Planner) -> None:
+    table = Table(
+        "short",
+        MetaData(),
+        Column("k", String(5), primary_key=True),
+        info={"shardkit": {"sharded_by": "k"}},
+    )
+    for statement in (insert(table).values(k="äöü😀e"), select(table).where(table.c.k == "abcde ")):
+        assert len(route(planner, statement).shards) == 1
+    for wrong in (insert(table).values(k="abcde "), insert(table).values([{"k": "a"}, {"k": "abcdef"}])):
+        with pytest.raises(KeyTypeError, match="cannot be the shard key") as caught:
+            planner.plan(wrong)
+        assert "of 5 characters at most" in caught.value.hint
+
+
+def test_a_key_bound_as_another_type_is_refused(planner: Planner) -> None:
+    for value in (literal(5, Float()), literal("5", String()), literal(2**53 + 1, Float())):
+        assert refusal(planner, insert(ACCOUNT).values(id=value, name="x")) == "key-expression"
+
+
+def test_rows_that_name_different_columns_are_not_split(planner: Planner) -> None:
+    rows = [{"id": key, "name": "x"} for key in KEYS]
+    assert refusal(planner, insert(ACCOUNT), [*rows, {"id": 1, "name": "x", "n": 1}]) == "row-names"
+    assert len(route(planner, insert(Account), [*rows, {"id": 1, "name": "x", "n": 1}]).shards) == 3
+    statement = update(ACCOUNT).where(ACCOUNT.c.id == bindparam("key")).values(n=bindparam("new"))
+    assert refusal(planner, statement, [{"key": 1, "new": 1}, {"key": 2}]) == "row-names"
 
 
 @pytest.mark.filterwarnings("ignore:Column 'Account.id' is marked as a member of the primary key")
