@@ -41,63 +41,71 @@ def exact_position(value: Any, family: KeyType) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _KeyType:
+class KeyColumn:
     """What is asked about a key column for each row: its family, the length of a varchar, and what makes of a Python
     value of it (a decorated type, an Enum) the one that is sent."""
 
+    name: str
     family: KeyType
     length: int | None
     processor: Callable[[Any], Any] | None
 
+    @classmethod
+    def of(cls, column: Column[Any]) -> KeyColumn:
+        """That of the shard key of a sharded table."""
+        known = _key_columns.get(column)
+        if known is None:
+            family = declare.key_family(column.type)
+            assert family is not None
+            impl = column.type.dialect_impl(_DIALECT)
+            length = getattr(impl, "length", None) if family == "text" else None
+            known = cls(f"{column.table.name}.{column.name}", family, length, impl.bind_processor(_DIALECT))
+            _key_columns[column] = known
+        return known
 
-_key_types: WeakKeyDictionary[Column[Any], _KeyType] = WeakKeyDictionary()
+    def sent(self, values: Sequence[Any]) -> Sequence[Any]:
+        """The values as they are sent to the server."""
+        return values if self.processor is None else [self.processor(value) for value in values]
+
+    def position(self, sent: Any) -> int:
+        """The position of a row to be written, from its key as it is sent; `KeyTypeError` if that is no key."""
+        found = exact_position(sent, self.family)
+        if found is None or self._too_long(sent):
+            raise self._no_key(sent)
+        return found
+
+    def positions(self, sent: Sequence[Any]) -> Sequence[int]:
+        """The same for many rows."""
+        kind: Any = EXACT[self.family]
+        for value in sent:
+            if type(value) is not kind or self._too_long(value):
+                raise self._no_key(value)
+        try:
+            return positions(sent)
+        except KeyTypeError as error:
+            raise self._no_key(error.fields.get("value")) from error
+
+    def _too_long(self, sent: Any) -> bool:
+        # To a varchar(5) PostgreSQL does not store "abcde " but "abcde", which is another key.
+        return self.length is not None and len(sent) > self.length
+
+    def _no_key(self, sent: Any) -> KeyTypeError:
+        shown = "None" if sent is None else f"{reprlib.repr(sent)} ({type(sent).__name__})"
+        limit = "" if self.length is None else f", of {self.length} characters at most"
+        return KeyTypeError(
+            f"{shown} cannot be the shard key {self.name}, which is of type {self.family}.",
+            hint=f"Give it a value of exactly the type {EXACT[self.family].__name__}{limit}.",
+            value=sent,
+        )
 
 
-def _key_type(column: Column[Any]) -> _KeyType:
-    known = _key_types.get(column)
-    if known is None:
-        family = declare.key_family(column.type)
-        assert family is not None
-        impl = column.type.dialect_impl(_DIALECT)
-        length = getattr(impl, "length", None) if family == "text" else None
-        known = _key_types[column] = _KeyType(family, length, impl.bind_processor(_DIALECT))
-    return known
-
-
-def required_position(value: Any, column: Column[Any]) -> int:
-    """The position of the shard key of a row to be written; `KeyTypeError` if it is no key."""
-    return required_positions([value], column)[0]
+_key_columns: WeakKeyDictionary[Column[Any], KeyColumn] = WeakKeyDictionary()
 
 
 def required_positions(values: Sequence[Any], column: Column[Any]) -> Sequence[int]:
-    """The same for many rows."""
-    processor = _key_type(column).processor
-    return sent_positions(values if processor is None else [processor(value) for value in values], column)
-
-
-def sent_positions(values: Sequence[Any], column: Column[Any]) -> Sequence[int]:
-    """The same for values as they are sent to the server."""
-    key = _key_type(column)
-    kind: Any = EXACT[key.family]
-    for value in values:
-        # To a varchar(5) PostgreSQL does not store "abcde " but "abcde", which is another key.
-        if type(value) is not kind or (key.length is not None and len(value) > key.length):
-            raise _no_key(value, column)
-    try:
-        return positions(values)
-    except KeyTypeError as error:
-        raise _no_key(error.fields.get("value"), column) from error
-
-
-def _no_key(value: Any, column: Column[Any]) -> KeyTypeError:
-    key = _key_type(column)
-    shown = "None" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
-    limit = "" if key.length is None else f", of {key.length} characters at most"
-    return KeyTypeError(
-        f"{shown} cannot be the shard key {column.table.name}.{column.name}, which is of type {key.family}.",
-        hint=f"Give it a value of exactly the type {EXACT[key.family].__name__}{limit}.",
-        value=value,
-    )
+    """The positions of rows to be written, from their keys as the application gives them; `KeyTypeError`."""
+    key = KeyColumn.of(column)
+    return key.positions(key.sent(values))
 
 
 # --- Python defaults -----------------------------------------------------------------------------------------------
@@ -179,7 +187,7 @@ def instance_position(instance: object) -> int:
         before = state.committed_state[name]
         if before is not LoaderCallableStatus.NO_VALUE and before != value:
             raise changed_key(column)
-    return required_position(value, column)
+    return required_positions([value], column)[0]
 
 
 def fill_default_key(instance: object) -> None:

@@ -35,6 +35,7 @@ class InsertProof:
     ``scattered`` is why its rows cannot go to several shards, if they cannot."""
 
     column: Column[Any]
+    key: keys.KeyColumn
     slot: Slot | None
     blocks: tuple[Terms, ...]
     tables: tuple[ShardedTable, ...]
@@ -44,9 +45,13 @@ class InsertProof:
 
     def plan(self, statement: Any, parameters: Parameters, call: Call) -> Plan:
         """The plan of one call."""
+        if not isinstance(parameters, Sequence) and not self.blocks:
+            row = self._filled(parameters or {})
+            (sent,) = self._sent([row], call)
+            return OneKeyPlan(statement, row or None, self.tables, True, self.key.position(sent))
         rows = parameters if isinstance(parameters, Sequence) else [parameters or {}]
         filled = [self._filled(row) for row in rows]
-        positions = self._positions(filled, call)
+        positions = self.key.positions(self._sent(filled, call))
         if self.blocks:
             self._agree(positions, one_position(self.blocks, call, filled[0]))
         if len(set(positions)) == 1:
@@ -64,14 +69,15 @@ class InsertProof:
             raise missing_key(self.column)
         return {**row, self.column.key: keys.default_value(self.column)}
 
-    def _positions(self, rows: Sequence[Row], call: Call) -> Sequence[int]:
+    def _sent(self, rows: Sequence[Row], call: Call) -> Sequence[Any]:
+        """The keys of rows as they are sent to the server."""
         slot, name = self.slot, self.column.key
         if slot is None:
-            return keys.required_positions([row[name] for row in rows], self.column)
+            return self.key.sent([row[name] for row in rows])
         values = [slot.value(call, row) for row in rows]
         if any(value is MISSING for value in values):
             raise missing_key(self.column)
-        return keys.sent_positions([slot.processed(value) for value in values], self.column)
+        return [slot.processed(value) for value in values]
 
     def _agree(self, positions: Sequence[int], of_blocks: int | Unbound) -> None:
         if of_blocks is Unbound.SEVERAL or (isinstance(of_blocks, int) and {of_blocks} != set(positions)):
@@ -101,6 +107,7 @@ def prove_insert(compiled: Compiled, blocks: tuple[Terms, ...], scattered: Refus
     vet_conflict(statement, table, column)
     return InsertProof(
         column=column,
+        key=keys.KeyColumn.of(column),
         slot=None if bind is None else compiled.slot(bind),
         blocks=blocks,
         tables=tuple(dict.fromkeys((declared, *map(sharded, compiled.recording.tables)))),

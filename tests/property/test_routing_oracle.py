@@ -327,13 +327,16 @@ class Statements:
         """An outer join, with constants on either side of ON and WHERE."""
         one, other = self.source(), aliased(self.one(*ENTITIES))
         number = self.draw(keys)
-        constants = [key(one) == number, key(other) == number, key(other).in_([number]), key(other).is_(None)]
+        second = self.draw(keys) if self.chance(20) else number
+        constants = [key(one) == number, key(other) == second, key(other).in_([second]), key(other).is_(None)]
         on = self.one(
             key(other) == key(one), key(other) == key(one), key(other) == key(one), other.n == one.n
         )
         if self.chance(50):
             on = and_(on, self.one(*constants))
         statement = select(key(one).label("a"), one.n.label("b"), key(other).label("c"), other.n.label("d"))
+        if self.chance(15):
+            return statement.where(*constants[:2])
         statement = statement.select_from(one).join(other, on, isouter=True, full=self.chance(40))
         return statement.where(*self.draw(st.lists(st.sampled_from(constants), max_size=2)))
 
@@ -351,7 +354,8 @@ class Statements:
         elif clause == "distinct":
             statement = statement.with_only_columns(sources[0].n).distinct()
         elif clause == "group":
-            statement = statement.with_only_columns(sources[0].n, func.count()).group_by(sources[0].n)
+            columns = [sources[0].n, func.count()][: self.one(1, 2)]
+            statement = statement.with_only_columns(*columns).group_by(sources[0].n)
         elif clause == "lock":
             statement = statement.with_for_update()
         return statement
