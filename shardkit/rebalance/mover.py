@@ -233,5 +233,5 @@ def _is_away(error: BaseException) -> bool:
     if isinstance(error, ShardUnreachable | CatalogUnreachable):
         return True
     return isinstance(error, psycopg.OperationalError) and (
-        error.sqlstate is None or error.sqlstate[:2] in ("08", "57") or error.sqlstate[:3] == "25P"
+        error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P"))
     )

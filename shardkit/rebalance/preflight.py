@@ -50,16 +50,20 @@ def server_problems(connection: Connection) -> list[str]:
     fsync = servers.settings(connection, "fsync")["fsync"]
     if fsync != "on" and not os.environ.get(ALLOW_FSYNC_OFF):
         reasons.append(f"fsync is {fsync}: a crash would bring an old fence back")
-    may_bypass, may_replicate = connection.execute(
-        "SELECT (SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user), "
-        "(SELECT rolsuper OR rolreplication FROM pg_roles WHERE rolname = current_user)"
-    ).fetchone() or (False, False)
+    may_bypass, may_replicate, may_look = connection.execute(
+        "SELECT rolsuper OR rolbypassrls, rolsuper OR rolreplication, pg_has_role('pg_read_all_stats', 'USAGE') "
+        "FROM pg_roles WHERE rolname = current_user"
+    ).fetchone() or (False, False, False)
     if not may_bypass:
         reasons.append(
             "the mover's role is neither superuser nor BYPASSRLS, so row security could hide rows from it"
         )
     if not may_replicate:
         reasons.append("the mover's role has no REPLICATION attribute")
+    if not may_look:
+        reasons.append(
+            "the mover's role is no member of pg_read_all_stats, so it could not tell long transactions from short ones"
+        )
     try:
         with connection.transaction(force_rollback=True):
             connection.execute("SET LOCAL session_replication_role = replica")

@@ -123,6 +123,7 @@ class TransferRun:
         failpoint(f"{self.row.phase.value}.end")
         self.catalog.enter(self.row, transition.next, transition.sentence)
         self.row = replace(self.row, phase=transition.next)
+        self._revivals = 0
 
     def topology(self) -> Topology:
         """The topology that the catalog holds now."""
@@ -203,6 +204,7 @@ class TransferRun:
             self._with_lock_retries(f"the trigger on {table}", self.source_shard, install)
         identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
         rows, size = self._estimate()
+        self.catalog.forget(self.row.id, "copy_began")
         self.catalog.note(self.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
         return Event.PREPARED
 
@@ -249,7 +251,10 @@ class TransferRun:
             return Event.SERVER_CHANGED
         record = self.catalog.transfer(self.row.id).record
         self.track.update(rows_expected=record["rows_expected"], bytes_expected=record["bytes_expected"])
-        started = time.monotonic()
+        if "copy_began" not in record:
+            # The servers go on copying while no mover looks, so the clock is the wall's.
+            record["copy_began"] = time.time()
+            self.catalog.note(self.row.id, copy_began=record["copy_began"])
         self._subscribe()
         rows: dict[str, int] = {}
         size: dict[str, int] = {}
@@ -266,8 +271,7 @@ class TransferRun:
                 sourceguard.forget_changes(self.source, self.row.id, self.around.token)
                 forgot = time.monotonic()
             self.around.pause(POLL)
-        seconds = record.get("copy_seconds", 0.0) + time.monotonic() - started
-        self.catalog.note(self.row.id, copy_seconds=seconds)
+        self.catalog.note(self.row.id, copy_seconds=max(0.0, time.time() - record["copy_began"]))
         return Event.COPIED
 
     def _subscribe(self) -> None:
@@ -377,6 +381,7 @@ class TransferRun:
             on_rows=lambda rows: self.track.update(rows=self.track.now.rows + rows),
         )
         self._verifier.run()
+        self.catalog.note(self.row.id, certificate=self._verifier.certificate)
         return Event.VERIFIED
 
     # --- the decision ----------------------------------------------------------------------------------------------
@@ -440,6 +445,9 @@ class TransferRun:
         self._drop_replication()
         self.track.update(rows_expected=sum(self._certified_rows().values()))
         deleted = self._delete_rows(self.source_shard)
+        for _, connection in self._both():
+            for table in self.tables:
+                tables.analyze(connection, table)
         self._remove_triggers()
         self._change(
             lambda now, version: now.unmarked(version, self.row.source, self.row.arcs), self.around.patience

@@ -313,6 +313,13 @@ class Catalog:
                 (Jsonb(facts), transfer_id),
             )
 
+    def forget(self, transfer_id: int, fact: str) -> None:
+        """Take a fact out of a transfer's record."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET record = record - %s::text WHERE id = %s", (fact, transfer_id)
+            )
+
     def waiting(self, transfer_id: int, reason: str | None) -> None:
         """Say what a transfer waits for; None when it goes on."""
         with self.writing() as cursor:

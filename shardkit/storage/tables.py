@@ -148,6 +148,11 @@ def has_equality(connection: Connection, table: ShardedTable, column: Column) ->
     return True
 
 
+def analyze(connection: Connection, table: ShardedTable) -> None:
+    """Have the server look at a table whose rows came or went, so that it plans and estimates well at once."""
+    connection.execute(sql.SQL("ANALYZE {}").format(relation(table)))
+
+
 def key_problems(table: ShardedTable, found: Table | None) -> list[str]:
     """Why the table cannot be sharded by its key as the server has it; empty if it can."""
     if found is None:
