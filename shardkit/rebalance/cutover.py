@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.storage import change, replication, sourceguard
+from shardkit.storage import change, replication, sequences, sourceguard
 from shardkit.storage.connections import Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
@@ -40,6 +40,13 @@ class Cutover:
         self._run = run
         self._verifier = verifier
         self._moments: dict[str, float] = {}
+        self._sequences = [
+            (ours, theirs[column])
+            for table in run.tables
+            for theirs in [sequences.of_table(run.target, table)]
+            for column, ours in sequences.of_table(run.source, table).items()
+            if column in theirs
+        ]
 
     def clock(self, moment: str) -> None:
         """Note a moment; the last attempt counts."""
@@ -59,6 +66,7 @@ class Cutover:
         except psycopg.errors.QueryCanceled as error:
             raise Postponed("the last comparison took too long") from error
         self.clock("verified")
+        sequences.pass_over(run.source, run.target, self._sequences)
         sourceguard.set_moved(source, run.row.id, run.target_shard.name)
         failpoint("cutting over.before decision")
 
