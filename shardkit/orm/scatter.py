@@ -29,7 +29,7 @@ from .proof import BlockProof, Node, holding, linked, prove, ungrouped
 from .recorder import Compiled
 from .refusals import Refusal
 from .vetting import vet_scatter
-from .vocabulary import AGGREGATES
+from .vocabulary import AGGREGATES, ORDER_KINDS
 
 Compile = Callable[[Any], Compiled]
 """Compiles and records a statement."""
@@ -125,8 +125,9 @@ def scatter(compiled: Compiled, proofs: list[BlockProof], compile_: Compile) -> 
         raise Refusal("outer-join", "an outer join runs on one shard")
     _only_nodes(proof)
     _one_key(proof)
-    _no_clauses(proof.block.statement)
-    vet_scatter(compiled)
+    grouped = _is_grouped_by_key(compiled, proof)
+    _no_clauses(proof.block.statement, except_order=grouped)
+    vet_scatter(compiled, ORDER_KINDS if grouped else frozenset())
     anchor, place = _anchored(compiled, proof)
     found = Scatter(anchor, _merge(compiled, proof), place)
     found.rehearse(compiled, compile_)
@@ -171,8 +172,22 @@ _CLAUSES: dict[str, tuple[str, str]] = {
 }
 
 
-def _no_clauses(statement: Any) -> None:
+def _is_grouped_by_key(compiled: Compiled, proof: BlockProof) -> bool:
+    """Whether this is the statement of a ``selectinload``: it asks for the rows of many parents by a list of their
+    keys, and puts those with equal keys together. Rows of one shard key are on one shard, so the order in which that
+    returns them is all that ORDER BY is for."""
+    path = getattr(getattr(compiled.given, "_compile_options", None), "_current_path", None)
+    if path is None or path.is_root:
+        return False
+    return any(
+        one.listed and one.single and one.slot.key == "primary_keys" for one in proof.nodes[0].constraints
+    )
+
+
+def _no_clauses(statement: Any, *, except_order: bool) -> None:
     for attribute, (reason, name) in _CLAUSES.items():
+        if except_order and attribute == "_order_by_clauses":
+            continue
         value = getattr(statement, attribute, None)
         if bool(value) if isinstance(value, tuple | bool) else value is not None:
             raise Refusal(reason, f"{name} is not merged over shards")

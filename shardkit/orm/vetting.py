@@ -33,9 +33,10 @@ def vet_one_shard(compiled: Compiled) -> None:
     _raw_sql(compiled)
 
 
-def vet_scatter(compiled: Compiled) -> None:
-    """`Refusal` if the value of something in a statement can depend on more than its own row."""
-    _kinds(compiled, SCATTER_KINDS, "is not merged over shards")
+def vet_scatter(compiled: Compiled, also: frozenset[str] = frozenset()) -> None:
+    """`Refusal` if the value of something in a statement can depend on more than its own row. ``also`` are kinds of
+    elements that are fine in this one."""
+    _kinds(compiled, SCATTER_KINDS | also, "is not merged over shards")
     for name in function_names(compiled):
         if name not in ROW_FUNCTIONS | AGGREGATES:
             raise Refusal(

@@ -30,6 +30,9 @@ ROW_KINDS = _words(
 SCATTER_KINDS = ROW_KINDS | _words("alias delete join select table update")
 """What a scatter may be made of."""
 
+ORDER_KINDS = _words("label_reference order_by_list")
+"""What an ORDER BY is made of besides."""
+
 ONE_SHARD_KINDS = SCATTER_KINDS | _words(
     """
     aggregate_order_by aggregate_orderby_inline aggregate_strings_func aggregateorderby compound_select cte

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     Uuid,
+    bindparam,
     create_engine,
     delete,
     func,
@@ -160,6 +161,17 @@ def test_composite_keys_load_in_one_statement(session: FleetSession) -> None:
     assert len(notes) == sum(key % 3 for key in KEYS)
     assert all(len(note.marks) == (note.owner + note.number) % 3 for note in notes)
     assert kinds(session) == ["ScatterPlan", "ScatterPlan"]
+
+
+def test_collections_keep_their_order_over_several_shards(session: FleetSession) -> None:
+    accounts = session.scalars(
+        select(Account).options(selectinload(Account.notes).selectinload(Note.marks))
+    ).all()
+    assert all([note.number for note in account.notes] == list(range(account.id % 3)) for account in accounts)
+    assert kinds(session) == ["ScatterPlan"] * 3
+    keys = bindparam("primary_keys", list(KEYS), expanding=True)
+    with pytest.raises(UnroutableQuery, match="ORDER BY"):
+        session.scalars(select(Note).where(Note.owner.in_(keys)).order_by(Note.number))
 
 
 def test_many_to_one_loads_are_split(session: FleetSession) -> None:
