@@ -18,7 +18,7 @@ from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 from shardkit.core.topology import ShardedTable, Topology
 
 from .declared import declared_of
-from .keys import fill_default_key, instance_position, key_column_of, shard_key_attribute
+from .keys import fill_default_key, instance_position, mapped_key
 
 if TYPE_CHECKING:
     from .session import ShardSession
@@ -46,13 +46,14 @@ def mapped(mapper: Mapper[Any]) -> Mapped:
 
 def _find(mapper: Mapper[Any]) -> Mapped:
     tables = tuple(declared_of(table) for table in mapper.tables)
-    column = key_column_of(mapper)
+    key = mapped_key(mapper)
     parents = tuple(
         relationship.key
         for relationship in mapper.relationships
-        if relationship.direction is RelationshipDirection.MANYTOONE and column in relationship.local_columns
+        if relationship.direction is RelationshipDirection.MANYTOONE
+        and key.column in relationship.local_columns
     )
-    return Mapped(tables, shard_key_attribute(mapper), parents)
+    return Mapped(tables, key.attribute, parents)
 
 
 @dataclass(frozen=True, slots=True)

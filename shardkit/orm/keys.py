@@ -136,16 +136,38 @@ def default_value(column: Column[Any]) -> Any:
 # --- mapped instances ----------------------------------------------------------------------------------------------
 
 
-def shard_key_attribute(mapper: Mapper[Any]) -> str:
-    """The name of the attribute that is the shard key of a mapped class; `DeclarationError` if it has none, or if a
-    table of its inheritance lives by another one."""
-    known = _attributes.get(mapper)
+@dataclass(frozen=True, slots=True)
+class MappedKey:
+    """The shard key of a mapped class: the attribute, the column in the class's own table, and what is asked of it."""
+
+    attribute: str
+    column: Column[Any]
+    key: KeyColumn
+
+
+def mapped_key(mapper: Mapper[Any]) -> MappedKey:
+    """The shard key of a mapped class; `DeclarationError` if it has none, or if a table of its inheritance lives by
+    another one."""
+    known = _mapped_keys.get(mapper)
     if known is None:
-        known = _attributes[mapper] = _find_attribute(mapper)
+        attribute = _find_attribute(mapper)
+        table: Any = mapper.local_table
+        column = declare.key_column(table)
+        known = _mapped_keys[mapper] = MappedKey(attribute, column, KeyColumn.of(column))
     return known
 
 
-_attributes: WeakKeyDictionary[Mapper[Any], str] = WeakKeyDictionary()
+_mapped_keys: WeakKeyDictionary[Mapper[Any], MappedKey] = WeakKeyDictionary()
+
+
+def shard_key_attribute(mapper: Mapper[Any]) -> str:
+    """The name of the attribute that is the shard key of a mapped class; `DeclarationError`."""
+    return mapped_key(mapper).attribute
+
+
+def key_column_of(mapper: Mapper[Any]) -> Column[Any]:
+    """The key column of a mapped class, in its own table; `DeclarationError`."""
+    return mapped_key(mapper).column
 
 
 def _find_attribute(mapper: Mapper[Any]) -> str:
@@ -166,13 +188,6 @@ def _find_attribute(mapper: Mapper[Any]) -> str:
     return names.pop()
 
 
-def key_column_of(mapper: Mapper[Any]) -> Column[Any]:
-    """The key column of a mapped class, in its own table."""
-    shard_key_attribute(mapper)
-    table: Any = mapper.local_table
-    return declare.key_column(table)
-
-
 def instance_position(instance: object) -> int:
     """The position of a mapped instance, for its flush.
 
@@ -180,24 +195,23 @@ def instance_position(instance: object) -> int:
     changed: its row would have to move, which an UPDATE on one shard cannot do.
     """
     state: InstanceState[Any] = inspect(instance)
-    name = shard_key_attribute(state.mapper)
-    column = key_column_of(state.mapper)
-    value = state.dict[name] if name in state.dict else getattr(instance, name)
+    mapped = mapped_key(state.mapper)
+    name, key, loaded = mapped.attribute, mapped.key, state.dict
+    value = loaded[name] if name in loaded else getattr(instance, name)
     if state.key is not None and name in state.committed_state:
         before = state.committed_state[name]
         if before is not LoaderCallableStatus.NO_VALUE and before != value:
-            raise changed_key(column)
-    return required_positions([value], column)[0]
+            raise changed_key(mapped.column)
+    return key.position(value if key.processor is None else key.processor(value))
 
 
 def fill_default_key(instance: object) -> None:
     """Give a pending instance without a shard key the Python default of its key column, as the flush would do too
     late. Does nothing if there is no such default."""
     state: InstanceState[Any] = inspect(instance)
-    name = shard_key_attribute(state.mapper)
-    column = key_column_of(state.mapper)
-    if state.dict.get(name) is None and has_default(column):
-        setattr(instance, name, default_value(column))
+    mapped = mapped_key(state.mapper)
+    if state.dict.get(mapped.attribute) is None and has_default(mapped.column):
+        setattr(instance, mapped.attribute, default_value(mapped.column))
 
 
 def changed_key(column: Column[Any]) -> UnroutableQuery:
