@@ -162,7 +162,7 @@ def plan_values(
     if len(set(positions)) == 1:
         return OneKeyPlan(statement, parameters, (declared,), True, positions[0])
     if scattered is not None:
-        raise scattered
+        raise scattered.again()
     given = [row for rows in statement._multi_values for row in rows]
 
     def made(numbers: list[int]) -> ShardPart:

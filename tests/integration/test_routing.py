@@ -45,7 +45,7 @@ from shardkit.dev import Clusters
 from shardkit.orm.declare import sharded
 from shardkit.orm.ownership import owned_only
 from shardkit.orm.plan import AnyShardPlan, OneKeyPlan
-from shardkit.orm.routing import ScatterPlan
+from shardkit.orm.statements import ScatterPlan
 from shardkit.storage.urls import sqlalchemy_url
 from tests.fix_postgres import FreshDatabase
 from tests.routed import KEYS, Account, Fleet, FleetSession, Mark, Note, stripes, thirds, with_transit

@@ -64,7 +64,8 @@ from shardkit.core.errors import UnroutableQuery
 from shardkit.core.ring import position
 from shardkit.orm.declare import sharded
 from shardkit.orm.plan import AnyShardPlan, OneKeyPlan, Plan
-from shardkit.orm.routing import Planner, ScatterPlan
+from shardkit.orm.routing import Planner
+from shardkit.orm.statements import ScatterPlan
 from tests.routed import Account, Mark, Note, thirds
 
 dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
