@@ -7,7 +7,7 @@ is read, changed or counted where it is not owned shows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +153,12 @@ class Statements:
         return bool(self.draw(st.integers(0, 99)) < percent)
 
     def one(self, *choices: Any) -> Any:
-        return self.draw(st.sampled_from(choices))
+        return self.some(choices, 1, 1)[0]
+
+    def some(self, choices: Sequence[Any], least: int, most: int) -> list[Any]:
+        # By number: sampled_from() keeps strategies by the equality of their elements, and that of SQL elements is SQL.
+        drawn = self.draw(st.lists(st.integers(0, len(choices) - 1), min_size=least, max_size=most))
+        return [choices[number] for number in drawn]
 
     def source(self) -> Any:
         entity = self.one(*ENTITIES)
@@ -278,9 +283,7 @@ class Statements:
             func.avg(source.n),
             func.sum(source.n) + 1,
         ]
-        chosen = self.draw(
-            st.lists(st.sampled_from(choices[:7] if self.chance(60) else choices), min_size=1, max_size=3)
-        )
+        chosen = self.some(choices[:7] if self.chance(60) else choices, 1, 3)
         return [column.label(f"a{number}") for number, column in enumerate(chosen)]
 
     def statement(self) -> Any:
@@ -341,7 +344,7 @@ class Statements:
         if self.chance(15):
             return statement.where(*constants[:2])
         statement = statement.select_from(one).join(other, on, isouter=True, full=self.chance(40))
-        return statement.where(*self.draw(st.lists(st.sampled_from(constants), max_size=2)))
+        return statement.where(*self.some(constants, 0, 2))
 
     def finished(self, statement: Any, sources: list[Any]) -> Any:
         """With a clause after WHERE, or none."""
