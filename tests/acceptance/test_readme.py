@@ -190,6 +190,16 @@ def test_every_link_leads_somewhere() -> None:
     assert broken == []
 
 
+def test_every_decision_is_listed() -> None:
+    folder = README.parent / "docs" / "decisions"
+    titles = {
+        path.read_text().partition("\n")[0].removeprefix("# "): path.name for path in folder.glob("*.md")
+    }
+    titles.pop("Decisions")
+    listed = dict(re.findall(r"^- \[(.+)\]\((.+)\)$", (folder / "README.md").read_text(), re.MULTILINE))
+    assert listed == titles
+
+
 def test_a_line_that_is_not_printed_is_missed() -> None:
     assert missing(["1 of 3", "a"], "7 of 9\nb\na") == []
     assert missing(["a", "1 of 3"], "7 of 9\na") == ["N of N"]
