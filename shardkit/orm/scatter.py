@@ -125,6 +125,12 @@ def scatter(compiled: Compiled, proofs: list[BlockProof], compile_: Compile) -> 
         raise Refusal("outer-join", "an outer join runs on one shard")
     _only_nodes(proof)
     _one_key(proof)
+    if compiled.returns_defaults:
+        raise Refusal(
+            "synchronize",
+            "objects of the session are not synchronized by rows that several shards return",
+            hint="Use the execution option synchronize_session='evaluate' or False.",
+        )
     grouped = _is_grouped_by_key(compiled, proof)
     _no_clauses(proof.block.statement, except_order=grouped)
     vet_scatter(compiled, ORDER_KINDS if grouped else frozenset())

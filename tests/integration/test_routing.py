@@ -169,7 +169,7 @@ def test_collections_keep_their_order_over_several_shards(session: FleetSession)
     ).all()
     assert all([note.number for note in account.notes] == list(range(account.id % 3)) for account in accounts)
     assert kinds(session) == ["ScatterPlan"] * 3
-    keys = bindparam("primary_keys", list(KEYS), expanding=True)
+    keys: Any = bindparam("primary_keys", list(KEYS), expanding=True)
     with pytest.raises(UnroutableQuery, match="ORDER BY"):
         session.scalars(select(Note).where(Note.owner.in_(keys)).order_by(Note.number))
 
@@ -245,7 +245,7 @@ def test_updates_and_deletes_leave_rows_in_transit_alone(fleet: Fleet) -> None:
     ):
         with fleet.session() as session:
             before = {number: one.scalar(stale) for number, one in session.connections.items()}
-            session.execute(statement)
+            session.execute(statement, execution_options={"synchronize_session": False})
             assert {number: one.scalar(stale) for number, one in session.connections.items()} == before
             assert any(before.values())
 
@@ -264,6 +264,17 @@ def test_an_orm_update_synchronizes_the_session(session: FleetSession) -> None:
     assert {key: account.n for key, account in accounts.items()} == {
         key: (n or 0) + 1 for key, n in before.items()
     }
+
+
+def test_objects_are_not_synchronized_by_what_one_of_several_shards_returns(session: FleetSession) -> None:
+    account = session.get_one(Account, 5)
+    fetching = {"synchronize_session": "fetch"}
+    with pytest.raises(UnroutableQuery, match="synchronize"):
+        session.execute(update(Account).values(n=7), execution_options=fetching)
+    session.execute(update(Account).where(Account.id == 5).values(n=7), execution_options=fetching)
+    assert account.n == 7
+    session.execute(update(Account).values(n=Account.n + 1).returning(Account.id))
+    assert account.n == 8
 
 
 def test_rows_are_returned_in_the_order_they_were_given(session: FleetSession) -> None:

@@ -55,6 +55,7 @@ from sqlalchemy.orm import (
     mapped_column,
     selectinload,
     with_loader_criteria,
+    with_parent,
     with_polymorphic,
 )
 from sqlalchemy.sql.functions import FunctionElement
@@ -63,6 +64,7 @@ from sqlalchemy.types import TypeDecorator
 from shardkit.core.errors import UnroutableQuery
 from shardkit.core.ring import position
 from shardkit.orm.declare import sharded
+from shardkit.orm.kept import Kept
 from shardkit.orm.plan import AnyShardPlan, OneKeyPlan, Plan
 from shardkit.orm.routing import Planner
 from shardkit.orm.statements import ScatterPlan
@@ -630,6 +632,12 @@ def test_a_plan_names_its_tables(planner: Planner) -> None:
     assert names(planner.plan(select(literal(1)))) == set()
 
 
+def test_an_object_in_a_condition_is_its_key(planner: Planner) -> None:
+    for key in (3, 4):
+        for condition in (Note.account == Account(id=key), with_parent(Account(id=key), Account.notes)):
+            assert outcome(planner, select(Note).where(condition).order_by(Note.n)) == ("one", position(key))
+
+
 def test_proofs_are_bounded_and_the_least_used_go_first() -> None:
     planner = Planner(dialect, size=10)
     often = select(Account.id.label("often"))
@@ -640,6 +648,17 @@ def test_proofs_are_bounded_and_the_least_used_go_first() -> None:
     key = often._generate_cache_key()
     assert key is not None
     assert planner._proofs.get((key.key, (), False)) is not None
+
+
+def test_what_is_kept_is_bounded_and_what_is_used_stays() -> None:
+    kept: Kept[str] = Kept(6)
+    kept.put("used", "value")
+    for number in range(100):
+        kept.put(number, "other")
+        assert kept.get("used") == "value"
+        assert len(kept) <= 6
+    assert kept.get(99) == "other"
+    assert kept.get(0) is None
 
 
 def test_nulls_and_constants_bind_nothing(planner: Planner) -> None:
