@@ -41,12 +41,10 @@ class Plan:
     """One call of one statement, understood.
 
     ``writes`` says whether it can change rows; ``tables`` are the sharded tables it touches, which the session compares
-    with the topology's; ``reason`` is a sentence for people on why it runs where it does.
+    with the topology's.
     """
 
     __slots__ = ("_parameters", "_statement", "tables", "writes")
-
-    reason = "it is routed"
 
     def __init__(
         self, statement: Executable, parameters: Parameters, tables: tuple[ShardedTable, ...], writes: bool
@@ -66,8 +64,6 @@ class OneKeyPlan(Plan):
     """All rows of the statement have one position."""
 
     __slots__ = ("position",)
-
-    reason = "all its rows have one shard key"
 
     def __init__(
         self,
@@ -94,8 +90,6 @@ class AnyShardPlan(Plan):
 
     __slots__ = ()
 
-    reason = "no row of a shard can be in it, so that any shard answers"
-
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
         """One shard."""
         open_here = [shard.id for shard in topology.shards if shard.id in prefer]
@@ -107,8 +101,6 @@ class RowsPlan(Plan):
     """Sets of parameters or rows, each with a position of its own: every shard is given its own, in order."""
 
     __slots__ = ("_made", "_ordered", "_positions")
-
-    reason = "each of its rows goes to the shard of its key"
 
     def __init__(
         self,

@@ -92,8 +92,6 @@ class ScatterPlan(Plan):
 
     __slots__ = ("_call", "_compile", "_positions", "_scatter", "_split")
 
-    reason = "its rows can be on several shards"
-
     def __init__(
         self,
         statement: Executable,
