@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -20,7 +20,7 @@ from shardkit.core.errors import UnroutableQuery, UsageError
 from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable
 from shardkit.storage.engines import Engines
-from shardkit.storage.scope import Mode
+from shardkit.storage.scope import MODES, Mode
 
 from . import bulk
 from .dispatch import Dispatch
@@ -65,8 +65,8 @@ class ShardSession(Session):
                 raise UsageError(
                     f"A session over shards takes no {name!r}.", hint="Its shards come from the cluster."
                 )
-        if mode not in get_args(Mode):
-            known = " or ".join(map(repr, get_args(Mode)))
+        if mode not in MODES:
+            known = " or ".join(map(repr, MODES))
             raise UsageError(f"{mode!r} is no mode of a session.", hint=f"It is {known}.")
         super().__init__(**options)
         self.cluster = cluster

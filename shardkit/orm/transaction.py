@@ -53,7 +53,7 @@ class ShardTransaction:
         self._session = session
         self._cluster = session.cluster
         self._engines = session.engines
-        self._opened: dict[int, Engine] = {}
+        self._opened: dict[int, Connection] = {}
         self.scope = Scope(session.mode)
         self.topology: Topology | None = None
         self.options: Mapping[str, Any] | None = None
@@ -109,11 +109,15 @@ class ShardTransaction:
 
     def connection(self, shard_id: int) -> Connection:
         """The connection to a shard that is held, inside the innermost savepoint."""
-        return self._session.bound_connection(self._opened[shard_id])
+        connection = self._opened[shard_id]
+        if self._session.in_nested_transaction() or not connection.in_transaction():
+            # The savepoint is made by asking, and so is the error where the transaction has failed.
+            return self._session.bound_connection(connection.engine)
+        return connection
 
     def engine(self, shard_id: int) -> Engine:
         """The engine of a shard that is held."""
-        return self._opened[shard_id]
+        return self._opened[shard_id].engine
 
     def _declaring(self, topology: Topology, tables: Collection[ShardedTable]) -> Topology:
         """A newer topology that holds the tables; `UndeclaredTable`."""
@@ -169,8 +173,7 @@ class ShardTransaction:
         while True:
             try:
                 with behind(self._guard(shard, waiting)):
-                    self._session.root_connection(engine, self.options)
-                self._opened[shard.id] = engine
+                    self._opened[shard.id] = self._session.root_connection(engine, self.options)
                 return
             except DBAPIError as error:
                 # A pooled connection may have died while it was idle. Nothing was sent on it.

@@ -48,14 +48,19 @@ _order: ContextVar[Guard | None] = ContextVar("shardkit_guard", default=None)
 _unfenced: ContextVar[bool] = ContextVar("shardkit_unfenced", default=False)
 
 
-@contextmanager
-def behind(guard: Guard) -> Iterator[None]:
+class behind:
     """Transactions that this thread or task begins in the block begin behind ``guard``."""
-    token = _order.set(guard)
-    try:
-        yield
-    finally:
-        _order.reset(token)
+
+    __slots__ = ("_guard", "_token")
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._token = _order.set(self._guard)
+
+    def __exit__(self, *_: object) -> None:
+        _order.reset(self._token)
 
 
 @contextmanager
@@ -72,8 +77,7 @@ class _Context(PGExecutionContext_psycopg):
     """An execution that tells its connection's scope whether it writes, before it is sent."""
 
     def pre_exec(self) -> None:
-        raw = self.root_connection.connection.driver_connection
-        assert raw is not None
+        raw = cast(_GuardedDialect, self.dialect)._raw(self.root_connection.connection)
         if raw.scope is not None and self._writes():
             raw.scope.admit_write(raw)
         super().pre_exec()  # type: ignore[no-untyped-call]
@@ -103,10 +107,14 @@ class _GuardedDialect(PGDialect_psycopg):
     def _run(self, outcome: Any) -> None:
         raise NotImplementedError
 
+    def _raw(self, dbapi_connection: Any) -> Any:
+        """The driver's connection behind the pool's proxy."""
+        raise NotImplementedError
+
     # --- beginning -------------------------------------------------------------------------------------------------
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        raw = dbapi_connection.driver_connection
+        raw = self._raw(dbapi_connection)
         guard = _order.get()
         if guard is not None:
             self._run(raw.begin(guard))
@@ -121,7 +129,7 @@ class _GuardedDialect(PGDialect_psycopg):
     # --- ending ----------------------------------------------------------------------------------------------------
 
     def do_commit(self, dbapi_connection: Any) -> None:
-        raw = dbapi_connection.driver_connection
+        raw = self._raw(dbapi_connection)
         if raw.ended:
             raw.left()
         elif raw.scope is None:
@@ -192,13 +200,14 @@ class _GuardedDialect(PGDialect_psycopg):
             ) from error
 
     def do_rollback(self, dbapi_connection: Any) -> None:
-        raw = dbapi_connection.driver_connection
+        raw = self._raw(dbapi_connection)
         if raw.closed:
             # Nothing is left to roll back; the pool must not have it again.
             dbapi_connection.invalidate()
         else:
             super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
-        raw.left()
+        if raw.scope is not None:
+            raw.left()
 
     # --- the dialect's own questions -------------------------------------------------------------------------------
 
@@ -262,6 +271,9 @@ class GuardedDialect(_GuardedDialect):
     def _run(self, outcome: Any) -> None:
         assert outcome is None
 
+    def _raw(self, dbapi_connection: Any) -> Any:
+        return dbapi_connection.dbapi_connection
+
 
 class GuardedAsyncDialect(_GuardedDialect, PGDialectAsync_psycopg):
     """For `create_async_engine`."""
@@ -274,6 +286,9 @@ class GuardedAsyncDialect(_GuardedDialect, PGDialectAsync_psycopg):
 
     def _run(self, outcome: Any) -> None:
         await_(outcome)
+
+    def _raw(self, dbapi_connection: Any) -> Any:
+        return dbapi_connection.dbapi_connection._connection
 
 
 registry.register("postgresql.shardkit", __name__, "GuardedDialect")

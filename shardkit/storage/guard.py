@@ -290,13 +290,11 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
 
     def begin(self, guard: Guard) -> None:
         """Begin behind the fence; `StaleFence` with nothing left open."""
-        self.left()
         self._patiently(self._begin_gen, guard)
         self.entered(guard)
 
     def begin_unfenced(self) -> None:
         """Begin without a fence: for shardkit's own tables alone."""
-        self.left()
         with self.lock:
             self.wait(self._begin_unfenced_gen())
 
@@ -345,13 +343,11 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
 
     async def begin(self, guard: Guard) -> None:
         """As on the sync connection."""
-        self.left()
         await self._patiently(self._begin_gen, guard)
         self.entered(guard)
 
     async def begin_unfenced(self) -> None:
         """As on the sync connection."""
-        self.left()
         async with self.lock:
             await self.wait(self._begin_unfenced_gen())
 

@@ -6,13 +6,14 @@ to it; the session asks it. It sends nothing itself.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from shardkit.core.errors import CrossShardWrite
 from shardkit.core.topology import Fence
 
 Mode = Literal["single", "best_effort"]
 """How many shards a transaction may write: one, or several that are committed one after the other."""
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 class Participant(Protocol):
