@@ -200,7 +200,8 @@ def instance_position(instance: object) -> int:
     value = loaded[name] if name in loaded else getattr(instance, name)
     if state.key is not None and name in state.committed_state:
         before = state.committed_state[name]
-        if before is not LoaderCallableStatus.NO_VALUE and before != value:
+        # NO_VALUE: it was set before it was loaded, so what it was is not known.
+        if before is LoaderCallableStatus.NO_VALUE or before != value:
             raise changed_key(mapped.column)
     return key.position(value if key.processor is None else key.processor(value))
 
