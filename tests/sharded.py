@@ -58,6 +58,7 @@ class ShardedCluster:
         self.patience = 20.0
         """Seconds for which a move waits for transactions."""
         self.shards = ShardConnections("shardkit tests")
+        self._views = ShardConnections("shardkit tests")
         membership.initialise(catalog_url)
         with self.lease() as catalog:
             for number, url in enumerate(shard_urls):
@@ -75,6 +76,7 @@ class ShardedCluster:
 
     def close(self) -> None:
         self.shards.__exit__()
+        self._views.__exit__()
 
     def connect(self, **options: Any) -> shardkit.ShardCluster:
         """What an application does."""
@@ -98,8 +100,8 @@ class ShardedCluster:
     # --- an administrator's view -----------------------------------------------------------------------------------
 
     def admin(self, name: str) -> Connection:
-        """A connection in autocommit, outside the guard."""
-        return self.shards.get(self.topology.named(name))
+        """A connection in autocommit, outside the guard; never one of the mover's, who may be in another thread."""
+        return self._views.get(self.topology.named(name))
 
     def query(self, name: str, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Rows of a shard."""
