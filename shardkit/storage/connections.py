@@ -37,6 +37,10 @@ _SETTINGS = {
     "default_transaction_read_only": "off",
     # A server that crashes and forgets a token, a version or a decision would give it twice.
     "synchronous_commit": "on",
+    # The server's side of the same: a machine that vanished must not keep the lease for two hours.
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
 }
 _SET = """
 SELECT set_config(name, setting, false) FROM unnest(%s::text[], %s::text[]) AS wanted (name, setting)
