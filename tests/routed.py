@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import (
+    URL,
     BigInteger,
     Connection,
     Engine,
@@ -24,19 +25,21 @@ from sqlalchemy import (
     Table,
     create_engine,
 )
+from sqlalchemy.dialects import registry
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.orm.declare import key_column, sharded, sharded_tables
-from shardkit.orm.gather import gather
-from shardkit.orm.merged import merged
-from shardkit.orm.plan import Plan
+from shardkit.orm.dispatch import Finishing
+from shardkit.orm.plan import Plan, ShardPart
 from shardkit.orm.routing import Planner
 from shardkit.storage.urls import sqlalchemy_url
 
 KEYS = range(-3, 13)
+
+registry.register("postgresql.answering", "shardkit.storage.answers", "AnsweringDialect")
 
 
 class Base(DeclarativeBase):
@@ -124,6 +127,11 @@ def with_transit(topology: Topology) -> Topology:
     return coarse.marked(topology.version + 2, 2, fine)
 
 
+def answering(url: str) -> URL:
+    """A URL whose engine has what shards' engines have, but no fence."""
+    return sqlalchemy_url(url).set(drivername="postgresql+answering")
+
+
 @dataclass
 class Fleet:
     """Engines of shards by id, the topology they are under, and the planner that routes to them."""
@@ -144,7 +152,7 @@ class Fleet:
     ) -> Fleet:
         """A fleet on empty databases, filled with the rows that each shard owns and with stale ones in transit."""
         listed = list(rows() if content is None else content)
-        engines = {number: create_engine(sqlalchemy_url(url)) for number, url in enumerate(urls)}
+        engines = {number: create_engine(answering(url)) for number, url in enumerate(urls)}
         for number, engine in engines.items():
             metadata.create_all(engine)
             arcs = topology.by_id[number].in_transit
@@ -208,7 +216,11 @@ class _Dispatch:
             )
             for number, part in route.shards.items()
         }
-        return next(iter(results.values())) if route.merge is None else merged(results, gather, route.merge)
+        if route.merge is None:
+            return next(iter(results.values()))
+        first = session.connections[next(iter(route.shards))]
+        finish = Finishing(first, ShardPart(statement, parameters), execution_options or {})
+        return route.merge.merged(results, finish)
 
     def scalar(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         return self.execute(statement, parameters, execution_options=execution_options).scalar()

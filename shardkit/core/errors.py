@@ -215,6 +215,13 @@ class UnroutableQuery(Refused):
     """
 
 
+class UnmergeableQuery(UnroutableQuery):
+    """What several shards return for this statement cannot be put together exactly.
+
+    Bind it to one shard key, or do without the clause that is named.
+    """
+
+
 class CrossShardWrite(Refused):
     """This transaction would write to a second shard.
 

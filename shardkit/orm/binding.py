@@ -15,7 +15,6 @@ from typing import Any
 from .keys import exact_position
 from .proof import BlockProof, Constraint
 from .recorder import MISSING, Call
-from .refusals import Refusal
 
 Keys = dict[int, list[Any]]
 """Position to the values, as they were given, whose position it is."""
@@ -45,7 +44,7 @@ class Unbound(Enum):
 
 
 def one_position(blocks: Sequence[Terms], call: Call, parameters: Mapping[str, Any]) -> int | Unbound:
-    """The position of all rows of a statement. `Refusal` if its FROMs are bound to two positions."""
+    """The position of all rows of a statement."""
     found: int | None = None
     for block in blocks:
         agreed = [
@@ -58,7 +57,7 @@ def one_position(blocks: Sequence[Terms], call: Call, parameters: Mapping[str, A
                 return Unbound.SEVERAL
             for position in positions:
                 if found is not None and found != position:
-                    raise Refusal("two-keys", "its FROMs are bound to different shard keys")
+                    return Unbound.SEVERAL
                 found = position
     return Unbound.NO_ROW if found is None else found
 

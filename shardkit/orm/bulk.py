@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Executable
 from sqlalchemy.engine import Result
 
-from .gather import gather
+from .gather import Interleaved, Rows, gather
 
 if TYPE_CHECKING:
     from .session import ShardSession
@@ -47,4 +47,5 @@ def execute(
     first = next(iter(results.values()))
     if route.merge is None or not statement._returning:  # type: ignore[attr-defined]
         return first
+    assert isinstance(route.merge, Rows | Interleaved)
     return gather(results, route.merge)

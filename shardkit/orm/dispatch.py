@@ -8,19 +8,18 @@ one as it is, on several at the same time. Loading of instances happens above, i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import CursorResult, Executable
+from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
+from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
-from .gather import gather
-from .merged import merged
-from .routing import Parameters, Route
+from .routing import Parameters, Route, ShardPart
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
@@ -28,6 +27,31 @@ if TYPE_CHECKING:
     from .session import ShardSession
 
 _Work = Callable[[], CursorResult[Any]]
+
+
+class Finishing:
+    """What a merge may do beside reading results (`merge.Finish`), on one connection of the route, for the statement
+    that was given."""
+
+    def __init__(self, connection: Connection, given: ShardPart, options: Mapping[str, Any]) -> None:
+        self._connection = connection
+        self._given = given
+        self._options = options
+
+    def run(self, statement: Executable, parameters: Mapping[str, Any]) -> CursorResult[Any]:
+        """Run a statement of the merge's own."""
+        return self._connection.execute(statement, parameters)
+
+    def answer(self, description: Sequence[Any], rows: Iterable[Any]) -> CursorResult[Any]:
+        """The result of the given statement."""
+        options = {**self._options, ANSWER: Answer(description, rows)}
+        statement, parameters = self._given
+        return self._connection.execute(statement, parameters, execution_options=options)
+
+    def instead(self, statement: Executable) -> CursorResult[Any]:
+        """Run the given statement in another form."""
+        parameters = self._given.parameters
+        return self._connection.execute(statement, parameters, execution_options=self._options)
 
 
 class Dispatch:
@@ -59,7 +83,7 @@ class Dispatch:
             ((shard_id, part),) = route.shards.items()
             connection = session.shards.connection(shard_id)
             return connection.execute(part.statement, part.parameters, execution_options=options)
-        return self._on_several(route, options)
+        return self._on_several(route, ShardPart(statement, parameters), options)
 
     def scalar(
         self,
@@ -71,7 +95,7 @@ class Dispatch:
         """The first column of the first row; as ``Connection.scalar``."""
         return self.execute(statement, parameters, execution_options=execution_options).scalar()
 
-    def _on_several(self, route: Route, options: Mapping[str, Any]) -> CursorResult[Any]:
+    def _on_several(self, route: Route, given: ShardPart, options: Mapping[str, Any]) -> CursorResult[Any]:
         session = self._session
         # Connections are had here, one after the other: a session's transaction is not for several threads.
         connections = {shard_id: session.shards.connection(shard_id) for shard_id in route.shards}
@@ -91,7 +115,7 @@ class Dispatch:
         else:
             results = _in_threads(works, session.cluster.workers)
         assert route.merge is not None
-        return merged(results, gather, route.merge)
+        return route.merge.merged(results, Finishing(next(iter(connections.values())), given, options))
 
 
 def _in_threads(works: dict[int, _Work], workers: ThreadPoolExecutor) -> dict[int, CursorResult[Any]]:

@@ -16,6 +16,9 @@ from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import KeyType
 from shardkit.storage.predicate import BETWEEN_AT_MOST, HASH_FUNCTIONS
 
+BOUNDS, ODD = "shardkit_bounds", "shardkit_odd"
+"""The parameters of the predicate in SQL that is compiled before the arcs are known."""
+
 
 def owned_only(
     column: ColumnElement[Any], family: KeyType, owned: ArcSet, in_transit: ArcSet
@@ -29,6 +32,23 @@ def owned_only(
     if len(in_transit) < len(owned):
         return not_(_within(position, in_transit))
     return _within(position, owned)
+
+
+def owned_in(column: ColumnElement[Any], family: KeyType) -> ColumnElement[bool]:
+    """The same condition with its arcs in two parameters, whose values `owned_arcs` tells."""
+    given = bindparam(BOUNDS, type_=ARRAY(BigInteger()))
+    number: ColumnElement[int] = func.pg_catalog.width_bucket(
+        _position(column, family), given, type_=BigInteger()
+    )
+    one: ColumnElement[int] = literal_column("1", BigInteger())
+    return number.bitwise_and(one) == bindparam(ODD, type_=BigInteger())
+
+
+def owned_arcs(owned: ArcSet, in_transit: ArcSet) -> dict[str, Any]:
+    """The bounds of the arcs of which there are fewer, and whether it is inside of them that a row is owned."""
+    if len(in_transit) < len(owned):
+        return {BOUNDS: in_transit.bounds(), ODD: 0}
+    return {BOUNDS: owned.bounds(), ODD: 1}
 
 
 def _position(column: ColumnElement[Any], family: KeyType) -> ColumnElement[int]:

@@ -14,7 +14,8 @@ from sqlalchemy import Executable
 
 from shardkit.core.topology import ShardedTable, Topology
 
-from .gather import Interleaved, Merge, Rows
+from .gather import Interleaved, Rows
+from .merge import Merge
 
 Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 """As given to ``Session.execute``: none, one set, or a list of sets."""
@@ -126,7 +127,7 @@ class RowsPlan(Plan):
             numbers.setdefault(owner, []).append(number)
         if len(numbers) == 1:
             return Route({next(iter(numbers)): ShardPart(self._statement, self._parameters)}, None)
-        merge = (
+        merge: Merge = (
             Interleaved({owner: tuple(own) for owner, own in numbers.items()}) if self._ordered else Rows()
         )
         return Route({owner: self._part(own) for owner, own in numbers.items()}, merge)

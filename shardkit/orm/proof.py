@@ -13,7 +13,7 @@ FULL JOIN holds nowhere. OR, NOT, functions, casts, other operators bind nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,18 @@ from .refusals import Refusal
 
 _DERIVED = (Subquery, CTE, Lateral, TableValuedAlias, Values)
 """FROMs that hold no rows of their own: what they are made of is in blocks of its own, or in no table."""
+
+
+_COMPARISONS = (operators.in_op, operators.not_in_op)
+
+_ROW_COUNT = (
+    "_limit_clause", "_offset_clause", "_fetch_clause", "_group_by_clauses", "_having_criteria", "_distinct_on",
+)  # fmt: skip
+"""Clauses by which rows of other keys decide which rows of a key a SELECT returns."""
+
+
+def _is_set(clause: Any) -> bool:
+    return bool(clause) if isinstance(clause, tuple | bool) else clause is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +124,8 @@ class BlockProof:
     nodes: list[Node] = field(default_factory=list)
     names: dict[str, Node | None] = field(default_factory=dict)
     strange: list[Node] = field(default_factory=list)
-    outer_join: bool = False
+    conditions: list[tuple[Any, Scope]] = field(default_factory=list)
+    """Each conjunct of WHERE and ON, and where it holds."""
 
     def find(self, name: str) -> Node | None:
         """The sharded FROM that a qualified column names, here or in a block around this one; None if it is another
@@ -123,6 +136,17 @@ class BlockProof:
                 return block.names[name]
             block = block.parent
         return None
+
+    def find_column(self, element: Any, rendered: Callable[[Any], str]) -> Node | None:
+        """The node that a bare column is of; ``rendered`` tells the name of a FROM."""
+        if not isinstance(element, ColumnClause) or element.table is None or element.is_literal:
+            return None
+        return self.find(rendered(element.table))
+
+    def find_key(self, element: Any, rendered: Callable[[Any], str]) -> Node | None:
+        """The node whose shard key a bare column is."""
+        node = self.find_column(element, rendered)
+        return node if node is not None and str(element.name) == node.table.key else None
 
 
 def prove(compiled: Compiled) -> list[BlockProof]:
@@ -171,7 +195,7 @@ class _Reader:
     def __init__(self, compiled: Compiled, proof: BlockProof) -> None:
         self._compiled = compiled
         self._proof = proof
-        self._conditions: list[tuple[Any, Scope]] = []
+        self._conditions: list[tuple[Any, Scope]] = []  # as they are written
 
     def read(self) -> None:
         """Nodes first, then the equalities between them."""
@@ -181,7 +205,9 @@ class _Reader:
             self._conditions.append((criterion, self._proof.root))
         for condition, scope in self._conditions:
             for conjunct in conjuncts(condition):
+                self._proof.conditions.append((conjunct, scope))
                 self._conjunct(conjunct, scope)
+        self._compare()
 
     def _from(self, from_: Any, scope: Scope) -> None:
         if isinstance(from_, FromGrouping):
@@ -201,11 +227,9 @@ class _Reader:
 
     def _join(self, join: Join, scope: Scope) -> None:
         if join.full:
-            self._proof.outer_join = True
             self._from(join.left, Scope(scope))
             self._from(join.right, Scope(scope))
         elif join.isouter:
-            self._proof.outer_join = True
             inside = Scope(scope)
             self._from(join.left, scope)
             self._from(join.right, inside)
@@ -245,11 +269,7 @@ class _Reader:
             self._in(left, right, scope)
 
     def _key(self, element: Any) -> Node | None:
-        """The node whose shard key a bare column is."""
-        if not isinstance(element, ColumnClause) or element.table is None or element.is_literal:
-            return None
-        node = self._proof.find(self._rendered(element.table))
-        return node if node is not None and str(element.name) == node.table.key else None
+        return self._proof.find_key(element, self._rendered)
 
     def _bind(self, node: Node, value: Any, scope: Scope) -> None:
         if isinstance(value, BindParameter) and not value.expanding:
@@ -268,6 +288,26 @@ class _Reader:
             node = self._key(left)
             if node is not None:
                 self._constrain(node, right, right.type, scope, listed=True)
+
+    def _compare(self) -> None:
+        """``key IN (SELECT key ...)``: whether that is true, rows of the block with other keys do not matter to.
+
+        For NOT IN too, as keys are never NULL: so neither side may be one that an outer join can leave without a row.
+        """
+        compared, proof = self._proof.block.compared, self._proof
+        if compared is None or proof.parent is None or compared.operator not in _COMPARISONS:
+            return
+        one = proof.parent.find_key(compared.left, self._rendered)
+        select = proof.block.statement
+        whole = all(not _is_set(getattr(select, name, None)) for name in _ROW_COUNT)
+        if one is None or len(proof.block.columns) != 1 or not whole:
+            return
+        column = proof.block.columns[0]
+        other = proof.find_key(getattr(column, "element", column), self._rendered)
+        if other is None or other.block is not proof or one.table.key_type != other.table.key_type:
+            return
+        if one.scope is one.block.root and other.scope is proof.root:
+            proof.root.links.append((one, other))
 
     def _constrain(
         self,

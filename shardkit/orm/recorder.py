@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol, cast
 
-from sqlalchemy import Table
+from sqlalchemy import Select, Table
 from sqlalchemy.engine import Dialect
-from sqlalchemy.sql.elements import BindParameter
+from sqlalchemy.sql.elements import BindParameter, Grouping
+from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 from sqlalchemy.sql.visitors import iterate
 
 _BLOCK = "shardkit_block"
+_COMPARING = {"binary", "in_op_binary", "not_in_op_binary"}
 
 
 @dataclass(slots=True, eq=False)
@@ -30,13 +32,14 @@ class Block:
 
     ``statement`` is the Core Select, Update or Delete that the block became; ``froms`` what its FROM clause shows (for
     an UPDATE or DELETE its table first), so not what it correlates to; ``parent`` the block that it stands in, if
-    columns of that can be named in it.
+    columns of that can be named in it; ``compared`` the IN or NOT IN whose right side it is, as a whole.
     """
 
     statement: Any
     froms: tuple[Any, ...]
     parent: Block | None
     columns: tuple[Any, ...] = ()
+    compared: Any = None
 
     @property
     def criteria(self) -> tuple[Any, ...]:
@@ -54,11 +57,15 @@ class Recording:
     elements: dict[str, list[Any]] = field(default_factory=dict)
     tables: Counter[Table] = field(default_factory=Counter)
     foreign: list[str] = field(default_factory=list)
+    comparing: Any = None
+    """An IN whose right side is about to be rendered."""
 
     def saw(self, kind: str, element: Any, as_from: bool) -> None:
         """Note one visit of the compiler."""
         self.kinds[kind] += 1
         self.elements.setdefault(kind, []).append(element)
+        if kind in _COMPARING:
+            self.comparing = element
         if kind == "table" and as_from:
             self.tables[element] += 1
 
@@ -90,10 +97,18 @@ class _RecorderMixin:
         columns = tuple(column for _, _, _, column, _ in compile_state.columns_plus_names)
         # A subquery in a FROM sees nothing of the block around it, unless it is LATERAL.
         parent = None if asfrom and not lateral else self._enclosing(self.stack[:-1])
-        block = Block(select, tuple(froms), parent, columns)
+        block = Block(select, tuple(froms), parent, columns, self._compared(select, compound_index))
         self.stack[-1][_BLOCK] = block
         self.recording.blocks.append(block)
         return froms
+
+    def _compared(self, select: Any, compound_index: int | None) -> Any:
+        """The comparison that this SELECT is the right side of: nothing else was begun since."""
+        comparing, self.recording.comparing = self.recording.comparing, None
+        right = getattr(comparing, "right", None)
+        while isinstance(right, Grouping | ScalarSelect | SelectStatementGrouping):
+            right = right.element
+        return comparing if compound_index is None and isinstance(right, Select) else None
 
     def _enter_dml(self, statement: Any, table: Any, extra_froms: Sequence[Any]) -> None:
         block = Block(statement, (table, *extra_froms), self._enclosing(self.stack[:-1]))

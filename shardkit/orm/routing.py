@@ -30,21 +30,24 @@ from .proof import prove
 from .recorder import Compiled
 from .refusals import Refusal
 from .rows import InsertProof, plan_bulk_insert, plan_bulk_update, plan_values, prove_insert
-from .scatter import Compile
-from .statements import StatementProof, prove_statement
+from .statements import PlannerFacts, StatementProof, prove_statement
 from .vetting import vet_insert_scatter, vet_one_shard
 
 __all__ = ["Parameters", "Plan", "Planner", "Route", "ShardPart"]
+
+MOST_ROWS = 100_000
 
 _NO_PARAMETERS: Mapping[str, Any] = {}
 _PLANNED = (Select, CompoundSelect, FromStatement, Insert, Update, Delete)
 
 
 class Planner:
-    """Plans statements for one dialect; safe to share between threads. ``size`` bounds the statement shapes kept."""
+    """Plans statements for one dialect; safe to share between threads. ``size`` bounds the statement shapes kept;
+    ``most_rows`` is how many rows of a table may be read from its shards for one statement."""
 
-    def __init__(self, dialect: Dialect, *, size: int = 500) -> None:
+    def __init__(self, dialect: Dialect, *, size: int = 500, most_rows: int = MOST_ROWS) -> None:
         self._dialect = dialect
+        self._most_rows = most_rows
         self._proofs: Kept[StatementProof | InsertProof] = Kept(size)
 
     def plan(
@@ -97,8 +100,8 @@ class Planner:
         shape = None if call is None else (call.key, names, single is None)
         proof = None if shape is None else self._proofs.get(shape)
         if proof is None:
-            compile_ = self._compiling(names, single is None)
-            compiled = compile_(statement)
+            facts = self._facts(names, single is None)
+            compiled = facts.compile_(statement)
             vet_one_shard(compiled)
             call = compiled.call
             if isinstance(compiled.given, Insert) and compiled.state._has_multi_parameters:
@@ -106,7 +109,7 @@ class Planner:
             proof = (
                 prove_insert(compiled, *_insert_facts(compiled))
                 if isinstance(compiled.statement, Insert)
-                else prove_statement(compiled, compile_)
+                else prove_statement(compiled, facts)
             )
             if shape is not None:
                 self._proofs.put(shape, proof)
@@ -115,11 +118,14 @@ class Planner:
         if single is None:
             assert isinstance(parameters, Sequence)
             return proof.plan_each(statement, parameters, call)
-        compile_ = self._compiling(names, False)
-        return proof.plan(statement, parameters, single, call, options, compile_)
+        return proof.plan(statement, parameters, single, call, options, self._facts(names, False))
 
-    def _compiling(self, names: Sequence[str], many: bool) -> Compile:
-        return lambda statement: Compiled(self._dialect, statement, names, many)
+    def _facts(self, names: Sequence[str], many: bool) -> PlannerFacts:
+        return PlannerFacts(
+            self._dialect,
+            lambda statement: Compiled(self._dialect, statement, names, many),
+            self._most_rows,
+        )
 
 
 def _unplanned(statement: Any) -> Refusal:

@@ -1,30 +1,39 @@
 """Statements: planning of what reads, updates and deletes.
 
 A `StatementProof` is what is known of all statements of one shape; with the values of a call it makes the plan: all
-rows at one position, no row at all, or rows on several shards, where each shard is given its own part of a list of
-keys or the ownership predicate. Driven by the planner.
+rows at one position, no row at all, or rows on several shards. What runs there is a part made for it
+(`orm.scatter`), the writing statement itself (`orm.writing`), or only the reading of the rows that it needs
+(`orm.pulling`). Driven by the planner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Executable, Table
+from sqlalchemy import CompoundSelect, Executable, Select, Table
+from sqlalchemy.engine import Dialect
 
 from shardkit.core.topology import ShardedTable, Topology
 
 from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
+from .merge import Merge
+from .ownership import owned_arcs
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, ShardPart
-from .proof import Constraint, Node, prove
+from .proof import BlockProof, Constraint, Node, prove
+from .pulling import MOST, Pull, pull
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .rows import vet_equal_names
-from .scatter import Compile, Scatter, scatter
+from .scatter import Reading, reading
 from .splitting import with_list
 from .vetting import reads_only, vet_without_tables
+from .writing import Compile, Writing, writing
+
+MOST_ROWS = "shardkit_most_rows"
+"""Execution option: how many rows of a table may be read from its shards for one statement."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +44,8 @@ class StatementProof:
     tables: tuple[ShardedTable, ...]
     writes: bool
     updates_or_deletes: bool
-    scatter: Scatter | Refusal
+    several: Reading | Writing | Pull | Refusal
+    """How it runs on several shards, or why it does not."""
     only: Constraint | None
     """The one constraint of the one block, which is all there is in most statements."""
 
@@ -57,7 +67,7 @@ class StatementProof:
         single: Mapping[str, Any],
         call: Call,
         options: Mapping[str, Any],
-        compile_: Compile,
+        planner: PlannerFacts,
     ) -> Plan:
         """The plan of one call with one set of parameters, ``single``."""
         position = self.position(call, single)
@@ -65,13 +75,18 @@ class StatementProof:
             return OneKeyPlan(statement, parameters, self.tables, self.writes, position)
         if position is Unbound.NO_ROW:
             return AnyShardPlan(statement, parameters, self.tables, self.writes)
-        if isinstance(self.scatter, Refusal):
-            raise self.scatter.again()
+        several = self.several
+        if isinstance(several, Refusal):
+            raise several.again()
         if options.get("yield_per") or options.get("stream_results"):
             raise Refusal("stream", "rows of several shards are not streamed")
-        if self.updates_or_deletes:
-            _refuse_strange_keys(self.scatter.anchor, call, single)
-        return ScatterPlan(statement, single, self, self.scatter, call, compile_)
+        if isinstance(several, Writing):
+            _refuse_strange_keys(several.anchor, call, single)
+            return WritingPlan(statement, single, self, several, call, planner.compile_)
+        if isinstance(several, Reading):
+            merge, own = several.merge(call, single, planner.dialect)
+            return ReadingPlan(statement, single, self, several, call, merge, own)
+        return PullPlan(statement, single, self, several, call, options.get(MOST_ROWS, planner.most_rows))
 
     def plan_each(self, statement: Any, parameters: Sequence[Mapping[str, Any]], call: Call) -> Plan:
         """The plan of one call with a list of parameters: each set is bound to a position of its own."""
@@ -87,25 +102,34 @@ class StatementProof:
         return RowsPlan(statement, parameters, self.tables, positions, ordered=False)
 
 
-class ScatterPlan(Plan):
-    """The rows of the statement are on several shards: on all, or on the owners of ``positions``."""
+@dataclass(frozen=True, slots=True)
+class PlannerFacts:
+    """What a plan of several shards takes from the planner: its dialect, how to compile a statement of the same
+    parameters, and how many rows of a table may be read for one statement."""
 
-    __slots__ = ("_call", "_compile", "_positions", "_scatter", "_split")
+    dialect: Dialect
+    compile_: Compile
+    most_rows: int
+
+
+# --- several shards ------------------------------------------------------------------------------------------------
+
+
+class SeveralPlan(Plan):
+    """The rows of the statement are on several shards: on all, or on the owners of the anchor's keys."""
+
+    __slots__ = ("_call", "_positions", "_split")
 
     def __init__(
         self,
         statement: Executable,
         parameters: Mapping[str, Any],
         proof: StatementProof,
-        scattered: Scatter,
+        constraints: Sequence[Constraint],
         call: Call,
-        compile_: Compile,
     ) -> None:
         super().__init__(statement, parameters, proof.tables, proof.writes)
-        self._scatter = scattered
         self._call = call
-        self._compile = compile_
-        constraints = scattered.anchor.constraints
         self._positions = possible(constraints, call, parameters)
         self._split = self._splittable(constraints, parameters)
 
@@ -119,53 +143,158 @@ class ScatterPlan(Plan):
                     return constraint, allowed
         return None
 
+    def _shards(self, topology: Topology) -> Mapping[int, list[int] | None]:
+        """The shards that hold rows, and the positions of the keys that each of them is asked for, if known."""
+        if self._positions is None:
+            return {shard.id: None for shard in topology.shards if topology.owned(shard.id)}
+        of_shard: dict[int, list[int] | None] = {}
+        for position in self._positions:
+            positions = of_shard.setdefault(topology.ring.owner_at(position), [])
+            assert positions is not None
+            positions.append(position)
+        return of_shard
+
+    def _listed(self, positions: list[int] | None) -> list[Any] | None:
+        """The part of a list of keys that one shard is given; None if the list cannot be split."""
+        if positions is None or self._split is None:
+            return None
+        return [value for position in positions for value in self._split[1][position]]
+
+
+class ReadingPlan(SeveralPlan):
+    """A SELECT in parts."""
+
+    __slots__ = ("_merge", "_own", "_reading")
+
+    def __init__(
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any],
+        proof: StatementProof,
+        reading: Reading,
+        call: Call,
+        merge: Merge,
+        own: Mapping[str, Any],
+    ) -> None:
+        super().__init__(statement, parameters, proof, reading.anchor.constraints, call)
+        self._reading = reading
+        self._merge = merge
+        self._own = own
+
+    def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
+        """Every owner of rows, each with its own part of a list of keys, or with the ownership predicate if rows are
+        in transit there."""
+        shards = self._shards(topology)
+        if len(shards) == 1:
+            ((shard_id, positions),) = shards.items()
+            if positions is not None or not topology.by_id[shard_id].in_transit:
+                return Route({shard_id: ShardPart(self._statement, self._parameters)}, None)
+        parts = {
+            shard_id: self._part(topology, shard_id, positions) for shard_id, positions in shards.items()
+        }
+        return Route(parts, self._merge)
+
+    def _part(self, topology: Topology, shard_id: int, positions: list[int] | None) -> ShardPart:
+        prepared, own = self._reading.plain, dict(self._own)
+        listed = self._listed(positions)
+        if listed is not None:
+            assert self._split is not None
+            own[self._split[0].slot.bind.key] = listed
+        elif topology.by_id[shard_id].in_transit:
+            prepared = self._reading.owned
+            own.update(owned_arcs(topology.owned(shard_id), topology.by_id[shard_id].in_transit))
+        parameters: Any = self._parameters
+        return ShardPart(prepared, prepared.values(self._call, parameters, own))
+
+
+class PullPlan(SeveralPlan):
+    """A SELECT that runs on one shard, over rows that are read from all."""
+
+    __slots__ = ("_most", "_pull")
+
+    def __init__(
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any],
+        proof: StatementProof,
+        pull: Pull,
+        call: Call,
+        most: int,
+    ) -> None:
+        super().__init__(statement, parameters, proof, (), call)
+        self._pull = pull
+        self._most = most
+        self._positions = pull.positions(call, parameters)
+
+    def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
+        """Every owner of rows."""
+        shards = self._shards(topology)
+        if not shards:
+            shards = {topology.ring.owner_at(0): None}
+        if len(shards) == 1:
+            ((shard_id, positions),) = shards.items()
+            if positions is not None or not topology.by_id[shard_id].in_transit:
+                return Route({shard_id: ShardPart(self._statement, self._parameters)}, None)
+        parameters: Any = self._parameters
+        parts = {}
+        for shard_id in shards:
+            prepared, own = self._pull.plain, {MOST: self._most + 1}
+            if topology.by_id[shard_id].in_transit:
+                prepared = self._pull.owned
+                own.update(owned_arcs(topology.owned(shard_id), topology.by_id[shard_id].in_transit))
+            parts[shard_id] = ShardPart(prepared, prepared.values(self._call, parameters, own))
+        return Route(parts, self._pull.merge(self._statement, self._most))
+
+
+class WritingPlan(SeveralPlan):
+    """An UPDATE or DELETE on several shards."""
+
+    __slots__ = ("_compile", "_writing")
+
+    def __init__(
+        self,
+        statement: Executable,
+        parameters: Mapping[str, Any],
+        proof: StatementProof,
+        writing: Writing,
+        call: Call,
+        compile_: Compile,
+    ) -> None:
+        super().__init__(statement, parameters, proof, writing.anchor.constraints, call)
+        self._writing = writing
+        self._compile = compile_
+
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
         """Every owner of rows, each with its own part of a list of keys, or with the ownership predicate if rows are
         in transit there."""
         try:
-            return self._route(topology)
+            parts = {
+                shard_id: self._part(topology, shard_id, positions)
+                for shard_id, positions in self._shards(topology).items()
+            }
         except Refusal as refusal:
             raise refusal.error() from None
+        return Route(parts, self._writing.merge if len(parts) > 1 else None)
 
-    def _route(self, topology: Topology) -> Route:
-        if self._positions is None:
-            parts = {
-                shard.id: self._part(topology, shard.id)
-                for shard in topology.shards
-                if topology.owned(shard.id)
-            }
-        else:
-            of_shard: dict[int, list[int]] = {}
-            for position in self._positions:
-                of_shard.setdefault(topology.ring.owner_at(position), []).append(position)
-            parts = {
-                shard_id: self._keyed_part(topology, shard_id, positions)
-                for shard_id, positions in of_shard.items()
-            }
-        return Route(parts, self._scatter.merge if len(parts) > 1 else None)
-
-    def _keyed_part(self, topology: Topology, shard_id: int, positions: list[int]) -> ShardPart:
-        if self._split is not None:
-            constraint, allowed = self._split
-            values = [value for position in positions for value in allowed[position]]
-            parameters: Any = self._parameters
-            part = with_list(self._statement, parameters, constraint.slot, self._call, values)
+    def _part(self, topology: Topology, shard_id: int, positions: list[int] | None) -> ShardPart:
+        parameters: Any = self._parameters
+        listed = self._listed(positions)
+        if listed is not None:
+            assert self._split is not None
+            part = with_list(self._statement, parameters, self._split[0].slot, self._call, listed)
             if part is not None:
                 return part
-        return self._part(topology, shard_id)
-
-    def _part(self, topology: Topology, shard_id: int) -> ShardPart:
         statement: Executable = self._statement
         if topology.by_id[shard_id].in_transit:
             owned, in_transit = topology.owned(shard_id), topology.by_id[shard_id].in_transit
-            statement = self._scatter.owned_only(statement, owned, in_transit, self._compile)
-        return ShardPart(statement, self._parameters)
+            statement = self._writing.owned_only(statement, owned, in_transit, self._compile)
+        return ShardPart(statement, parameters)
 
 
 # --- proving --------------------------------------------------------------------------------------------------------
 
 
-def prove_statement(compiled: Compiled, compile_: Compile) -> StatementProof:
+def prove_statement(compiled: Compiled, planner: PlannerFacts) -> StatementProof:
     """What is known of a statement; `Refusal` if it can be routed with no values at all."""
     if compiled.recording.kinds["insert"]:
         raise Refusal("dml-in-cte", "an INSERT inside another statement is not routed")
@@ -178,12 +307,6 @@ def prove_statement(compiled: Compiled, compile_: Compile) -> StatementProof:
     nodes = [node for block in blocks for node in block.nodes]
     if not nodes:
         vet_without_tables(compiled)
-    try:
-        scattered: Scatter | Refusal = (
-            scatter(compiled, blocks, compile_) if nodes else Refusal("no-table", "it names no sharded table")
-        )
-    except Refusal as refusal:
-        scattered = _unbound(refusal, [str(node) for node in nodes if not node.constraints])
     found = tuple(terms(block) for block in blocks)
     classes = found[0].classes if len(found) == 1 else ()
     constraints, present = classes[0] if len(classes) == 1 else ((), False)
@@ -192,9 +315,31 @@ def prove_statement(compiled: Compiled, compile_: Compile) -> StatementProof:
         tables=tuple({node.table: None for node in nodes}),
         writes=top_dml or not reads_only(compiled),
         updates_or_deletes=top_dml,
-        scatter=scattered,
+        several=_several(compiled, blocks, nodes, planner),
         only=constraints[0] if len(constraints) == 1 and present else None,
     )
+
+
+def _several(
+    compiled: Compiled, blocks: list[BlockProof], nodes: list[Node], planner: PlannerFacts
+) -> Reading | Writing | Pull | Refusal:
+    """How a statement runs on several shards: in parts if that is possible."""
+    ways: list[Callable[[], Reading | Writing | Pull]] = []
+    if not nodes:
+        return Refusal("no-table", "it names no sharded table")
+    if isinstance(compiled.statement, Select | CompoundSelect):
+        ways = [
+            lambda: reading(compiled, blocks, planner.dialect),
+            lambda: pull(compiled, blocks, planner.dialect),
+        ]
+    else:
+        ways = [lambda: writing(compiled, blocks, planner.compile_)]
+    for way in ways:
+        try:
+            return way()
+        except Refusal as refusal:
+            last = refusal
+    return _unbound(last, [str(node) for node in nodes if not node.constraints])
 
 
 def _unbound(refusal: Refusal, names: list[str]) -> Refusal:

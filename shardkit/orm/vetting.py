@@ -1,7 +1,7 @@
 """Vetting: whether every element of a statement is of a kind whose meaning is known.
 
 Two questions: what may stand in a statement that runs on one shard, where only hidden FROMs are feared; and what may
-stand in a scatter, where each value must depend on its own row alone. The words that are known are in
+stand in a scatter, where each value must be the same on any shard. The words that are known are in
 `orm.vocabulary`. Driven by the planner, on a `Recording`.
 """
 
@@ -11,15 +11,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from sqlalchemy import CompoundSelect, Select
+
 from .recorder import Compiled
 from .refusals import Refusal
 from .vocabulary import (
-    AGGREGATES,
     INSERT_FUNCTIONS,
     ONE_SHARD_KINDS,
     READING_FUNCTIONS,
-    ROW_FUNCTIONS,
-    SCATTER_KINDS,
+    SCATTER_FUNCTIONS,
 )
 
 _OPERATOR_TEXT = re.compile(r"[-+*/<>=~!@#%^&|`?]+|AND|OR|LIKE|ILIKE|SIMILAR TO|AT TIME ZONE", re.IGNORECASE)
@@ -33,19 +33,47 @@ def vet_one_shard(compiled: Compiled) -> None:
     _raw_sql(compiled)
 
 
-def vet_scatter(compiled: Compiled, also: frozenset[str] = frozenset()) -> None:
-    """`Refusal` if the value of something in a statement can depend on more than its own row. ``also`` are kinds of
-    elements that are fine in this one."""
-    _kinds(compiled, SCATTER_KINDS | also, "is not merged over shards")
+def vet_scatter(compiled: Compiled) -> None:
+    """`Refusal` if something in a statement would be another value on another shard."""
     for name in function_names(compiled):
-        if name not in ROW_FUNCTIONS | AGGREGATES:
+        if name not in SCATTER_FUNCTIONS:
             raise Refusal(
                 "function",
-                f"the function {name}() is not known to depend on its own row alone, so it runs on one shard",
+                f"the function {name}() is not known to return the same on all shards, so it runs on one",
             )
+    _literals(compiled)
+
+
+def vet_pulled(compiled: Compiled) -> None:
+    """`Refusal` if a statement cannot run over rows that were read from other shards."""
+    given = compiled.given
+    if not isinstance(given, Select | CompoundSelect):
+        raise Refusal("from-statement", "from_statement() runs on one shard")
+    for name in function_names(compiled):
+        if name not in READING_FUNCTIONS:
+            raise Refusal(
+                "function", f"the function {name}() is not known to only read, so it runs on one shard"
+            )
+    _literals(compiled)
+    statements = [block.statement for block in compiled.recording.blocks]
+    for statement in (given, *statements):
+        if getattr(statement, "_for_update_arg", None) is not None:
+            raise Refusal(
+                "for-update", "FOR UPDATE of rows that are read from several shards is not supported"
+            )
+
+
+def _literals(compiled: Compiled) -> None:
+    # What * stands for in a column list is known to the server alone; in EXISTS and count() it does not matter.
+    listed = {
+        id(column) for block in compiled.recording.blocks if block.parent is None for column in block.columns
+    }
     for column in compiled.recording.elements.get("column", ()):
-        if column.is_literal and not re.fullmatch(r"\*|-?\d+", str(column.name)):
-            raise Refusal("raw-sql", f"the raw SQL {column.name!r} is not merged over shards")
+        name = str(column.name)
+        if column.is_literal and not (
+            re.fullmatch(r"-?\d+", name) or (name == "*" and id(column) not in listed)
+        ):
+            raise Refusal("raw-sql", f"the raw SQL {name!r} is not merged over shards")
 
 
 def vet_insert_scatter(compiled: Compiled) -> None:

@@ -27,20 +27,14 @@ ROW_KINDS = _words(
 )
 """Elements whose value depends on one row alone. (The names are those of the compiler's methods.)"""
 
-SCATTER_KINDS = ROW_KINDS | _words("alias delete join select table update")
-"""What a scatter may be made of."""
-
-ORDER_KINDS = _words("label_reference order_by_list")
-"""What an ORDER BY is made of besides."""
-
-ONE_SHARD_KINDS = SCATTER_KINDS | _words(
+ONE_SHARD_KINDS = ROW_KINDS | _words(
     """
-    aggregate_order_by aggregate_orderby_inline aggregate_strings_func aggregateorderby compound_select cte
-    custom_op_unary_modifier custom_op_unary_operator dmltargetcopy frame_clause insert label_reference lateral
-    match_op_binary not_match_op_binary on_conflict_do_nothing on_conflict_do_update order_by_list over override_binds
-    phraseto_tsquery_func plainto_tsquery_func postgresql_distinct_on scalar_function_column scalar_values
-    select_statement_grouping subquery table_valued_alias textual_label_reference to_tsquery_func to_tsvector_func
-    ts_headline_func values websearch_to_tsquery_func withingroup
+    aggregate_order_by aggregate_orderby_inline aggregate_strings_func aggregateorderby alias compound_select cte
+    custom_op_unary_modifier custom_op_unary_operator delete dmltargetcopy frame_clause insert join label_reference
+    lateral match_op_binary not_match_op_binary on_conflict_do_nothing on_conflict_do_update order_by_list over
+    override_binds phraseto_tsquery_func plainto_tsquery_func postgresql_distinct_on scalar_function_column
+    scalar_values select select_statement_grouping subquery table table_valued_alias textual_label_reference
+    to_tsquery_func to_tsvector_func ts_headline_func update values websearch_to_tsquery_func withingroup
     """
 )
 """What a statement on one shard may be made of: everything but raw SQL, sequences and samples."""
@@ -57,8 +51,14 @@ ROW_FUNCTIONS = _words(
 )
 """Built in, without an effect; what they return depends on their arguments alone."""
 
-AGGREGATES = _words("count max min sum")
-"""The aggregates that are merged."""
+ALL_AGGREGATES = _words(
+    """
+    aggregate_strings array_agg avg bit_and bit_or bool_and bool_or corr count every json_agg json_object_agg jsonb_agg
+    jsonb_object_agg max min mode percentile_cont percentile_disc stddev stddev_pop stddev_samp string_agg sum var_pop
+    var_samp variance
+    """
+)
+"""The aggregates that are known; which of them are made of parts, `orm.grouping` says."""
 
 TIME_FUNCTIONS = _words(
     """
@@ -70,7 +70,7 @@ TIME_FUNCTIONS = _words(
 
 READING_FUNCTIONS = (
     ROW_FUNCTIONS
-    | AGGREGATES
+    | ALL_AGGREGATES
     | TIME_FUNCTIONS
     | _words(
         """
@@ -88,6 +88,9 @@ READING_FUNCTIONS = (
     )
 )
 """Built in, and writing nothing."""
+
+SCATTER_FUNCTIONS = READING_FUNCTIONS - TIME_FUNCTIONS - _words("age gen_random_uuid random")
+"""What returns the same for the same rows on any shard."""
 
 INSERT_FUNCTIONS = ROW_FUNCTIONS | TIME_FUNCTIONS | _words("gen_random_uuid random")
 """What may make a value of rows that are inserted on several shards."""

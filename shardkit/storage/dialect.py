@@ -19,7 +19,6 @@ from sqlalchemy import BigInteger, Connection, Text, Uuid, func, literal, select
 from sqlalchemy import cast as cast_in_sql
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import (
-    PGDialect_psycopg,
     PGDialectAsync_psycopg,
     PGExecutionContext_psycopg,
 )
@@ -34,6 +33,7 @@ from shardkit.core.errors import (
 )
 from shardkit.core.ring import position
 
+from .answers import AnsweringDialect
 from .guard import INERROR, Guard, GuardedAsyncConnection, GuardedConnection
 from .identity import ShardIdentity
 from .scope import Scope
@@ -93,7 +93,7 @@ class _Context(PGExecutionContext_psycopg):
         return any(cte.element.is_dml for cte in getattr(self.compiled, "ctes", None) or ())
 
 
-class _GuardedDialect(PGDialect_psycopg):
+class _GuardedDialect(AnsweringDialect):
     """What both dialects share; `_run` runs a method of the connection, or awaits its coroutine."""
 
     driver = "shardkit"

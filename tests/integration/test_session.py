@@ -179,7 +179,7 @@ def test_streaming(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
 
 def test_refusals_are_the_planners(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
     with cluster.sessionmaker()() as session:
-        for statement in (select(User).order_by(User.name), select(User).limit(1), text("SELECT 1")):
+        for statement in (select(User).limit(1).with_for_update(), text("SELECT 1")):
             with pytest.raises(UnroutableQuery):
                 session.execute(statement)
         assert session.scalar(select(User.name).where(User.id == keys[0])) == f"user {keys[0]}"

@@ -264,8 +264,8 @@ class Statements:
             source.n + 1,
             func.coalesce(source.n, 7),
             case((source.n > 2, 1), else_=0),
-            func.row_number().over(partition_by=key(source), order_by=identity(source)),
-            func.row_number().over(order_by=identity(source)),
+            func.rank().over(partition_by=key(source), order_by=identity(source)),
+            func.rank().over(order_by=identity(source)),
             select(func.count()).where(key(m := aliased(Mark)) == key(source), m.n > 0).scalar_subquery(),
         )
 

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Uuid,
     bindparam,
     delete,
+    exists,
     func,
     insert,
     literal,
@@ -35,10 +36,12 @@ from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.orm.declare import sharded
-from shardkit.orm.gather import Aggregates, Interleaved, Rows
+from shardkit.orm.gather import Interleaved, Rows
 from shardkit.orm.keys import fill_default_key, instance_position
 from shardkit.orm.plan import OneKeyPlan, Route
+from shardkit.orm.prepared import Prepared
 from shardkit.orm.routing import Planner
+from shardkit.orm.totals import Totals
 from tests.routed import Account, Mark, Note, thirds, with_transit
 
 dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
@@ -97,7 +100,7 @@ def refusal(planner: Planner, statement: Any, parameters: Any = None) -> Any:
 
 
 def compiled(statement: Any) -> Any:
-    return statement.compile(dialect=dialect)
+    return statement.compiled if isinstance(statement, Prepared) else statement.compile(dialect=dialect)
 
 
 def sql(statement: Any) -> str:
@@ -408,7 +411,7 @@ def test_a_scatter_goes_to_every_shard_that_owns_something(planner: Planner) -> 
     joined = TOPOLOGY.joined(9, shard_id=3, name="s3", url="postgresql://s3", weight=1)
     found = route(planner, select(func.count()).select_from(Account), None, joined)
     assert set(found.shards) == {0, 1, 2}
-    assert found.merge == Aggregates(("count",))
+    assert found.merge == Totals(("count",))
     alone = Topology.first(1, [(0, "s0", "postgresql://s0", 1)], [2**63 - 1], [0])
     assert route(planner, select(Account), None, alone).merge is None
 
@@ -416,9 +419,9 @@ def test_a_scatter_goes_to_every_shard_that_owns_something(planner: Planner) -> 
 @pytest.mark.parametrize(
     "statement",
     [
-        select(Account, Note).where(Account.id == HERE[0], Note.owner == HERE[1]),
-        select(Account).where(Account.id.in_(HERE)).order_by(Account.n),
-        select(Account).order_by(Account.n),
+        select(Account, Note).where(Account.id == HERE[0], Note.owner == HERE[1]).with_for_update(),
+        select(Account).where(Account.id.in_(HERE)).limit(1).with_for_update(),
+        delete(Account).where(Account.id == HERE[0], Note.owner == HERE[1]),
         update(Account).values(id=5),
     ],
 )
@@ -431,7 +434,8 @@ def lists(found: Route) -> dict[int, Any]:
     """The bound list of each part of a route."""
     sent = {}
     for shard, part in found.shards.items():
-        bound = {**compiled(part.statement).params, **cast(Mapping[str, Any], part.parameters or {})}
+        held = {} if isinstance(part.statement, Prepared) else compiled(part.statement).params
+        bound = {**held, **cast(Mapping[str, Any], part.parameters or {})}
         sent[shard] = next(value for value in bound.values() if isinstance(value, list))
     return sent
 
@@ -460,7 +464,7 @@ def test_a_list_of_many_keys_is_split(planner: Planner) -> None:
 
 
 def test_a_split_statement_keeps_its_shape_and_the_given_one_its_list(planner: Planner) -> None:
-    whole = select(Account).where(Account.id.in_(list(KEYS)))
+    whole = delete(Account).where(Account.id.in_(list(KEYS)))
     before = whole._generate_cache_key()
     found = route(planner, whole, None, with_transit(TOPOLOGY))
     assert before is not None
@@ -472,35 +476,57 @@ def test_a_split_statement_keeps_its_shape_and_the_given_one_its_list(planner: P
 
 def test_rows_in_transit_are_kept_out_of_what_is_not_bound(planner: Planner) -> None:
     topology = with_transit(TOPOLOGY)
-    hashed = "pg_catalog.hashint8extended"
     account = aliased(Account)
     twice: Any = bindparam("keys", list(KEYS), expanding=True)
     for statement, column in (
         (select(Account), '"Account".id'),
+        (select(Account), '"Account".id'),
         (select(ACCOUNT.c.name), '"Account".id'),
         (select(account), '"Account_1".id'),
         (select(account, Note).join(account.notes), 'note."user"'),
+        (select(account, Note).outerjoin(account.notes), '"Account_1".id'),
         (select(func.count()).select_from(Account), '"Account".id'),
+        (select(func.avg(Account.n)).group_by(Account.name), '"Account".id'),
+        (select(Account).where(Account.id.in_(twice), Account.n.not_in(twice)), '"Account".id'),
+        (select(Note).where(Note.n == select(func.max(Account.n)).scalar_subquery()), 'note."user"'),
+    ):
+        predicate = f"width_bucket(pg_catalog.hashint8extended({column}, 0), %(shardkit_bounds)s"
+        for _ in range(2):
+            parts = route(planner, statement, None, topology).shards
+            assert "hashint8extended" not in sql(parts[0].statement)
+            for shard in (1, 2):
+                assert predicate in sql(parts[shard].statement)
+                given = cast(Mapping[str, Any], parts[shard].parameters)
+                assert given["shardkit_bounds"] == topology.owned(shard).bounds()
+                assert given["shardkit_odd"] == 1
+        rest = route(planner, statement).shards.values()
+        assert all("hashint8extended" not in sql(part.statement) for part in rest)
+
+
+def test_writes_leave_rows_in_transit_alone(planner: Planner) -> None:
+    topology = with_transit(TOPOLOGY)
+    for statement, column in (
         (update(Account).values(n=1), '"Account".id'),
         (delete(NOTE).where(NOTE.c.user == ACCOUNT.c.id), 'note."user"'),
-        (select(Account).where(Account.id.in_(twice), Account.n.not_in(twice)), '"Account".id'),
+        (update(Account).where(exists().where(Note.owner == Account.id)).values(n=1), '"Account".id'),
     ):
         for _ in range(2):
             parts = {
                 shard: sql(part.statement)
                 for shard, part in route(planner, statement, None, topology).shards.items()
             }
-            assert hashed not in parts[0]
-            assert f"{hashed}({column}, 0) BETWEEN" in parts[1]
-            assert f"{hashed}({column}, 0) BETWEEN" in parts[2]  # what it owns is the shorter list
-        assert all(hashed not in sql(part.statement) for part in route(planner, statement).shards.values())
+            assert "hashint8extended" not in parts[0]
+            assert f"pg_catalog.hashint8extended({column}, 0) BETWEEN" in parts[1]
+            assert f"pg_catalog.hashint8extended({column}, 0) BETWEEN" in parts[2]
+        rest = route(planner, statement).shards.values()
+        assert all("hashint8extended" not in sql(part.statement) for part in rest)
 
 
 def test_many_arcs_are_one_lookup(planner: Planner) -> None:
     topology = with_transit(TOPOLOGY)
     odd = ArcSet([slot_arc(43690 + 40 * number, 20) for number in range(500)])
     topology = topology.marked(20, 1, odd).cut_over(21, 2, 1, odd)
-    part = route(planner, select(Account), None, topology).shards[2]
+    part = route(planner, delete(Account), None, topology).shards[2]
     assert "pg_catalog.width_bucket(pg_catalog.hashint8extended(" in sql(part.statement)
     assert "::BIGINT[]" in sql(part.statement)
 
@@ -525,10 +551,14 @@ def test_aliases_of_each_statement_are_its_own(planner: Planner) -> None:
 
 
 def test_identities_are_where_primary_keys_are(planner: Planner) -> None:
-    assert route(planner, select(Account)).merge == Rows(((0,),))
-    assert route(planner, select(Note.n, Note.number, Note.owner)).merge == Rows(((2, 1),))
-    assert route(planner, select(Note.n, Note.number)).merge == Rows()
-    assert route(planner, select(Account, Note).join(Account.notes)).merge == Rows(((0,), (3, 4)))
+    def identities(statement: Any) -> Any:
+        merge: Any = route(planner, statement).merge
+        return merge.arrangement.identities
+
+    assert identities(select(Account)) == ((0,),)
+    assert identities(select(Note.n, Note.number, Note.owner)) == ((2, 1),)
+    assert identities(select(Note.n, Note.number)) == ()
+    assert identities(select(Account, Note).join(Account.notes)) == ((0,), (3, 4))
 
 
 # --- instances -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""The anchor: whether each row of a statement is made on one shard, and which FROM says on which.
+
+A block may scatter if one sharded FROM, its anchor, is on the preserved side of every outer join, and if every other
+sharded FROM of it and of all blocks inside it has the anchor's shard key for every row that it contributes. Then a
+shard that has all rows of a key makes all rows of the answer that have this key, and no others. Driven by
+`orm.scatter`; pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy import Table
+
+from .proof import BlockProof, Node, holding, linked
+from .refusals import Refusal
+
+
+def anchored(proofs: list[BlockProof]) -> Node:
+    """The anchor of the first block, to which all nodes of all blocks are bound; `Refusal` if there is none."""
+    top = proofs[0]
+    candidates = [node for node in top.nodes if node.scope is top.root]
+    if not candidates:
+        if top.nodes:
+            raise Refusal("outer-join", "no sharded table of it is on the preserved side of every outer join")
+        raise Refusal("derived", "no sharded table is in its own FROM, but in subqueries")
+    anchor = next((node for node in candidates if isinstance(node.source, Table)), candidates[0])
+    for proof in proofs:
+        for node in proof.nodes:
+            if node is not anchor and all(other is not anchor for other in equal_keys(node)):
+                raise _not_co_located(node, anchor)
+    return anchor
+
+
+def equal_keys(node: Node) -> Iterator[Node]:
+    """The nodes of its block and of those around it whose shard keys equal that of a node, for each row it
+    contributes; itself included."""
+    seen: set[int] = set()
+    todo = [node]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        todo += linked(one, holding(one.scope, one.block))
+
+
+def _not_co_located(node: Node, anchor: Node) -> Refusal:
+    where = "joined" if node.block is anchor.block else "correlated"
+    return Refusal(
+        "not-co-located",
+        f"{node} and {anchor} are not {where} by their shard keys",
+        hint=f"{'Join' if where == 'joined' else 'Correlate'} on {node} = {anchor}, or bind both to one value.",
+    )
