@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
@@ -32,6 +34,38 @@ def cluster(sharded: ShardedCluster) -> Iterator[shardkit.ShardCluster]:
     """An application connected to it."""
     with sharded.connect() as connected:
         yield connected
+
+
+T = TypeVar("T")
+
+
+class InSession(Protocol):
+    def __call__(self, work: Callable[[shardkit.ShardSession], T], **options: Any) -> T: ...
+
+
+@pytest.fixture(params=["sync", "async"])
+def in_session(request: pytest.FixtureRequest, sharded: ShardedCluster) -> InSession:
+    """`in_session(work, **options)`: what work returns, given a session of an application of its own.
+
+    Each test that asks for it runs twice: on a session, and on the one inside an async session, as `run_sync` has it.
+    """
+
+    def run(work: Callable[[shardkit.ShardSession], T], **options: Any) -> T:
+        with sharded.connect() as cluster:
+            if request.param == "sync":
+                with cluster.sessionmaker(**options)() as session:
+                    return work(session)
+
+            async def main() -> T:
+                try:
+                    async with cluster.async_sessionmaker(**options)() as session:
+                        return await session.run_sync(work)  # type: ignore[arg-type]
+                finally:
+                    await cluster.adispose()
+
+            return asyncio.run(main())
+
+    return run
 
 
 @pytest.fixture

@@ -97,22 +97,22 @@ def stale(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "n": (row.get("n") or 0) + 1000} if "n" in row else row
 
 
-def thirds(version: int = 1) -> Topology:
+def thirds(version: int = 1, metadata: MetaData = Base.metadata) -> Topology:
     """Three shards of a third of the ring each."""
     tokens = [slot_arc(0, count).last for count in (21845, 43690, 65536)]
     shards = [(number, f"s{number}", f"postgresql://s{number}", 100) for number in range(3)]
     return Topology.first(version, shards, tokens, [0, 1, 2]).declared(
-        version + 1, sharded_tables(Base.metadata)
+        version + 1, sharded_tables(metadata)
     )
 
 
-def stripes(version: int = 1) -> Topology:
+def stripes(version: int = 1, metadata: MetaData = Base.metadata) -> Topology:
     """Three shards that own a hundred narrow arcs each; few and many arcs are in transit."""
     tokens = [slot_arc(0, 218 * number).last for number in range(1, 301)] + [slot_arc(0, 65536).last]
     owners = [number % 3 for number in range(300)] + [2]
     shards = [(number, f"s{number}", f"postgresql://s{number}", 100) for number in range(3)]
     topology = Topology.first(version, shards, tokens, owners).declared(
-        version + 1, sharded_tables(Base.metadata)
+        version + 1, sharded_tables(metadata)
     )
     of_second, of_third = list(topology.owned(1)), list(topology.owned(2))
     topology = topology.marked(version + 2, 0, ArcSet(of_second[::2]))

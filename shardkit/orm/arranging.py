@@ -82,6 +82,11 @@ class Arrangement:
             raise Refusal("limit", "its LIMIT or OFFSET is no int")
         return values[0], values[1]
 
+    @property
+    def can_stream(self) -> bool:
+        """Whether rows can be put together as they come."""
+        return not self.distinct and (self.exact or not self.order)
+
     def merge(self, limit: int | None, offset: int | None) -> Merge:
         """The merge of one call."""
         return _Arranged(self, limit, offset)
@@ -121,7 +126,7 @@ class _Arranged:
     def _sorted(self, rows: list[Any], description: Any) -> list[Any]:
         plan = self.arrangement
         for key in (*plan.order, *plan.distinct):
-            _check_exact(description[key.place])
+            check_exact(description[key.place])
         if plan.distinct:
             places = [key.place for key in plan.distinct]
             first: dict[Any, Any] = {}
@@ -129,7 +134,7 @@ class _Arranged:
                 first.setdefault(tuple([_same(row[place]) for place in places]), row)
             rows = list(first.values())
         for key in reversed(plan.order):
-            rows.sort(key=_rank(key), reverse=bool(key.descending))
+            rows.sort(key=rank_of(key), reverse=bool(key.descending))
         return rows
 
     def _sorted_by_shard(self, rows: list[Any], finish: Finish) -> list[Any]:
@@ -170,7 +175,7 @@ def _directed(value: ColumnElement[Any], key: Key) -> ColumnElement[Any]:
     return directed.nulls_first() if key.nulls_first else directed.nulls_last()
 
 
-def _check_exact(column: Any) -> None:
+def check_exact(column: Any) -> None:
     if column[1] not in _EXACT_OIDS:
         raise UnmergeableQuery(
             f"The column {column[0]} is of another type on the servers than its model says, so its values cannot be "
@@ -187,7 +192,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _rank(key: Key) -> Any:
+def rank_of(key: Key) -> Any:
     """A sort key in the order of PostgreSQL: NaN above all numbers, NULL at the end that is asked for."""
     place, above = key.place, bool(key.nulls_first) == bool(key.descending)
 

@@ -42,9 +42,12 @@ class Finishing:
         """Run a statement of the merge's own."""
         return self._connection.execute(statement, parameters)
 
-    def answer(self, description: Sequence[Any], rows: Iterable[Any]) -> CursorResult[Any]:
+    def answer(
+        self, description: Sequence[Any], rows: Iterable[Any], close: Callable[[], None] | None = None
+    ) -> CursorResult[Any]:
         """The result of the given statement."""
-        options = {**self._options, ANSWER: Answer(description, rows)}
+        options = {name: value for name, value in self._options.items() if name != "stream_results"}
+        options[ANSWER] = Answer(description, rows, close)
         statement, parameters = self._given
         return self._connection.execute(statement, parameters, execution_options=options)
 
@@ -99,15 +102,14 @@ class Dispatch:
         session = self._session
         # Connections are had here, one after the other: a session's transaction is not for several threads.
         connections = {shard_id: session.shards.connection(shard_id) for shard_id in route.shards}
-        # Rows are merged when all have arrived, and a server-side cursor would be read by several threads.
-        options = {
-            name: value for name, value in options.items() if name not in ("stream_results", "yield_per")
-        }
+        sent = {name: value for name, value in options.items() if name not in ("stream_results", "yield_per")}
+        if route.streamed:
+            sent["stream_results"] = True
 
         def work(shard_id: int) -> _Work:
             part = route.shards[shard_id]
             connection = connections[shard_id]
-            return lambda: connection.execute(part.statement, part.parameters, execution_options=options)
+            return lambda: connection.execute(part.statement, part.parameters, execution_options=sent)
 
         works = {shard_id: work(shard_id) for shard_id in route.shards}
         if session.engines.is_async:

@@ -6,7 +6,7 @@ on one shard of the route, and answer the application's statement with the rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sqlalchemy import CursorResult, Executable
@@ -19,8 +19,11 @@ class Finish(Protocol):
         """Run a statement of the merge's own on that shard."""
         ...
 
-    def answer(self, description: Sequence[Any], rows: Iterable[Any]) -> CursorResult[Any]:
-        """The result of the application's statement, of rows as the driver gives them."""
+    def answer(
+        self, description: Sequence[Any], rows: Iterable[Any], close: Callable[[], None] | None = None
+    ) -> CursorResult[Any]:
+        """The result of the application's statement, of rows as the driver gives them; ``close`` is called when no
+        more of them are wanted."""
         ...
 
     def instead(self, statement: Executable) -> CursorResult[Any]:

@@ -31,11 +31,13 @@ class ShardPart(NamedTuple):
 class Route(NamedTuple):
     """Where a statement runs under one topology: shard id to part, and how the results become one.
 
-    ``merge`` is None if there is one shard only, whose result is the answer as it is.
+    ``merge`` is None if there is one shard only, whose result is the answer as it is. ``streamed`` says that rows are
+    merged as they come, so that the shards keep cursors open.
     """
 
     shards: Mapping[int, ShardPart]
     merge: Merge | None
+    streamed: bool = False
 
 
 class Plan:

@@ -8,7 +8,7 @@ SQLAlchemy executes compiled SQL is used here alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import CursorResult
@@ -72,3 +72,10 @@ def raw_rows(result: CursorResult[Any]) -> tuple[Any, list[Any]]:
     description, rows = cursor.description, list(cursor.fetchall())
     result.close()
     return description, rows
+
+
+def raw_stream(result: CursorResult[Any], at_hand: int) -> Iterator[Any]:
+    """The rows of a result as the driver gives them, fetched ``at_hand`` at a time."""
+    while result.cursor is not None:
+        # The strategy has fetched the first row already.
+        yield from result.cursor_strategy.fetchmany(result, result.cursor, at_hand)

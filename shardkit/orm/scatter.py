@@ -28,6 +28,7 @@ from .prepared import Prepared
 from .proof import BlockProof, Node
 from .recorder import Call, Compiled
 from .refusals import Refusal
+from .streaming import Streamed
 from .totals import Totals, totals
 from .vetting import vet_scatter
 
@@ -43,16 +44,24 @@ class Reading:
     merging: Arrangement | Grouping | Totals
 
     def merge(
-        self, call: Call, parameters: Mapping[str, Any], dialect: Dialect
+        self, call: Call, parameters: Mapping[str, Any], dialect: Dialect, streamed: int | None = None
     ) -> tuple[Merge, dict[str, Any]]:
-        """The merge of one call, and the parameters that it needs on each shard."""
+        """The merge of one call, and the parameters that it needs on each shard. ``streamed`` is how many rows of each
+        shard are to be at hand at a time."""
         if isinstance(self.merging, Totals):
             return self.merging, {}
         if isinstance(self.merging, Grouping):
             return self.merging.merge(call, parameters, dialect), {}
         limit, offset = self.merging.counts(call, parameters)
         most = None if limit is None else limit + max(offset or 0, 0)
-        return self.merging.merge(limit, offset), {} if most is None else {MOST: most}
+        own = {} if most is None else {MOST: most}
+        if streamed is not None and self.merging.can_stream:
+            return Streamed(self.merging, limit, offset, streamed), own
+        if streamed is not None and limit is None:
+            raise Refusal(
+                "stream", f"rows of several shards that are {self.merging.description} are not streamed"
+            )
+        return self.merging.merge(limit, offset), own
 
 
 def reading(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> Reading:

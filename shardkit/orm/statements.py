@@ -29,8 +29,12 @@ from .refusals import Refusal
 from .rows import vet_equal_names
 from .scatter import Reading, reading
 from .splitting import with_list
+from .streaming import Streamed
 from .vetting import reads_only, vet_without_tables
 from .writing import Compile, Writing, writing
+
+STREAM_ROWS = 1000
+"""How many rows of each shard are at hand at a time where a statement is streamed and does not say."""
 
 MOST_ROWS = "shardkit_most_rows"
 """Execution option: how many rows of a table may be read from its shards for one statement."""
@@ -78,13 +82,12 @@ class StatementProof:
         several = self.several
         if isinstance(several, Refusal):
             raise several.again()
-        if options.get("yield_per") or options.get("stream_results"):
-            raise Refusal("stream", "rows of several shards are not streamed")
         if isinstance(several, Writing):
             _refuse_strange_keys(several.anchor, call, single)
             return WritingPlan(statement, single, self, several, call, planner.compile_)
         if isinstance(several, Reading):
-            merge, own = several.merge(call, single, planner.dialect)
+            streamed = options.get("yield_per") or (options.get("stream_results") and STREAM_ROWS)
+            merge, own = several.merge(call, single, planner.dialect, streamed or None)
             return ReadingPlan(statement, single, self, several, call, merge, own)
         return PullPlan(statement, single, self, several, call, options.get(MOST_ROWS, planner.most_rows))
 
@@ -192,7 +195,7 @@ class ReadingPlan(SeveralPlan):
         parts = {
             shard_id: self._part(topology, shard_id, positions) for shard_id, positions in shards.items()
         }
-        return Route(parts, self._merge)
+        return Route(parts, self._merge, isinstance(self._merge, Streamed))
 
     def _part(self, topology: Topology, shard_id: int, positions: list[int] | None) -> ShardPart:
         prepared, own = self._reading.plain, dict(self._own)

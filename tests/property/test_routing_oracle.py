@@ -6,7 +6,6 @@ is read, changed or counted where it is not owned shows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +43,7 @@ from shardkit.core.topology import Topology
 from shardkit.dev import Clusters
 from shardkit.orm.declare import key_column
 from shardkit.storage.urls import sqlalchemy_url
+from tests.fix_oracle import Outcomes
 from tests.routed import KEYS, Account, Base, Fleet, Mark, Note, rows, stripes, thirds, with_transit
 
 # SQLAlchemy warns of some drawn statements, and only when it compiles one for the first time.
@@ -62,11 +62,11 @@ class World:
 
     plain: Engine = field(repr=False)
     fleets: list[Fleet] = field(repr=False)
-    outcomes: Counter[str]
+    outcomes: Outcomes
 
 
 @pytest.fixture(scope="module")
-def world(servers: Clusters) -> Iterator[World]:
+def world(servers: Clusters, oracle_outcomes: Outcomes) -> Iterator[World]:
     def databases(name: str) -> list[str]:
         return [server.create_database(f"{name}_{number}") for number, server in enumerate(servers[:3])]
 
@@ -80,7 +80,7 @@ def world(servers: Clusters) -> Iterator[World]:
         Fleet.over("in transit", databases("oracle_transit"), with_transit(thirds())),
         Fleet.over("in stripes", databases("oracle_stripes"), stripes()),
     ]
-    made = World(plain, fleets, Counter())
+    made = World(plain, fleets, oracle_outcomes)
     yield made
     plain.dispose()
     for fleet in fleets:
@@ -120,9 +120,9 @@ def compare(world: World, fleet: Fleet, statement: Any, parameters: Any, **how: 
         try:
             got = answer(routed, statement, parameters, **how)
         except (UnroutableQuery, KeyTypeError) as error:
-            world.outcomes[f"refused: {error.fields.get('reason')}"] += 1
+            world.outcomes.refused(error)
             return
-        world.outcomes[type(routed.plans[-1]).__name__] += 1
+        world.outcomes.answered(routed.plans[-1])
     assert got == expected
 
 
@@ -492,9 +492,9 @@ def test_a_write_leaves_what_one_database_has_or_is_refused(world: World, data: 
         try:
             got = written(routed, routed.connections, fleet.topology, statement, parameters)
         except (UnroutableQuery, KeyTypeError) as error:
-            world.outcomes[f"write refused: {error.fields.get('reason')}"] += 1
+            world.outcomes.refused(error)
             return
         assert got == expected
-        world.outcomes[f"write {type(routed.plans[-1]).__name__}"] += 1
+        world.outcomes.answered(routed.plans[-1])
         if not isinstance(got, str):
             assert contents(routed.connections, fleet.topology)[1] == before

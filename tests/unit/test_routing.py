@@ -576,10 +576,14 @@ def test_a_refusal_names_the_columns_that_would_have_to_be_equal(planner: Planne
     assert "Join on note.user = Account.id" in caught.value.hint
 
 
-def test_options_that_a_scatter_cannot_honour_are_refused(planner: Planner) -> None:
+def test_what_has_to_be_seen_together_is_not_streamed(planner: Planner) -> None:
     for option in ("yield_per", "stream_results"):
-        assert outcome(planner, select(Account), None, **{option: 10}) == ("refused", "stream")
-        assert outcome(planner, select(Account).where(Account.id == 5), None, **{option: 10}) == ("one", FIVE)
+        assert outcome(planner, select(Account), None, **{option: 10}) == ("scatter", None)
+        assert outcome(planner, select(Account).order_by(Account.n), None, **{option: 10}) == ("scatter", None)
+        by_name = select(Account).order_by(Account.name)
+        assert outcome(planner, by_name, None, **{option: 10}) == ("refused", "stream")
+        assert outcome(planner, by_name.limit(5), None, **{option: 10}) == ("scatter", None)
+        assert outcome(planner, by_name.where(Account.id == 5), None, **{option: 10}) == ("one", FIVE)
     assert outcome(planner, select(1), None, schema_translate_map={"a": "b"}) == ("refused", "schema-map")
 
 

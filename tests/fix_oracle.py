@@ -1,0 +1,50 @@
+"""Counts what became of the statements that are drawn: how they were answered, and which were refused and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+
+class Outcomes:
+    """The statements of one module."""
+
+    def __init__(self) -> None:
+        self.answers: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+
+    def answered(self, plan: Any) -> None:
+        """One statement was answered by a plan."""
+        self.answers[type(plan).__name__.removesuffix("Plan").lower()] += 1
+
+    def refused(self, error: Any) -> None:
+        """One statement was refused."""
+        self.refusals[str(error.fields.get("reason"))] += 1
+
+    @property
+    def refused_share(self) -> float:
+        """The refused ones among all."""
+        refused = self.refusals.total()
+        return refused / max(1, refused + self.answers.total())
+
+    def __str__(self) -> str:
+        total = self.answers.total() + self.refusals.total()
+        answers = ", ".join(f"{name} {count:,}" for name, count in self.answers.most_common())
+        reasons = ", ".join(f"{name} {count:,}" for name, count in self.refusals.most_common()) or "none"
+        return f"{total:,} statements ({answers}), {self.refused_share:.1%} refused ({reasons})"
+
+
+_OUTCOMES = pytest.StashKey[dict[str, Outcomes]]()
+
+
+@pytest.fixture(scope="module")
+def oracle_outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """What became of the statements of this module; told at the end of the run."""
+    return request.config.stash.setdefault(_OUTCOMES, {}).setdefault(request.module.__name__, Outcomes())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for module, outcomes in config.stash.get(_OUTCOMES, {}).items():
+        terminalreporter.write_line(f"{module.rpartition('.')[2]}: {outcomes}")
