@@ -8,19 +8,24 @@ from shardkit.core.errors import ShardkitError
 from shardkit.core.ring import HashRing, Ring, position
 from shardkit.orm.cluster import ShardCluster, connect
 from shardkit.orm.declare import sharded
+from shardkit.orm.explaining import Explanation, explain
+from shardkit.orm.scatterpolicy import ScatterWarning
 from shardkit.orm.session import ShardAsyncSession, ShardSession
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "HashRing",
     "Ring",
+    "ScatterWarning",
     "ShardAsyncSession",
     "ShardCluster",
     "ShardSession",
     "ShardkitError",
     "connect",
     "errors",
+    "explain",
     "position",
     "sharded",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.fix_oracle", "tests.fix_postgres", "tests.fix_sharded", "tests.fix_shards"]
+pytest_plugins = ["pytester", "tests.fix_oracle", "tests.fix_postgres", "tests.fix_sharded", "tests.fix_shards"]
 
 _TESTS = Path(__file__).parent
 

@@ -222,6 +222,13 @@ class UnmergeableQuery(UnroutableQuery):
     """
 
 
+class ScatterRefused(UnroutableQuery):
+    """This statement asks all shards, which this session refuses.
+
+    Bind it to a shard key, or give it the execution option scatter='allow'.
+    """
+
+
 class CrossShardWrite(Refused):
     """This transaction would write to a second shard.
 

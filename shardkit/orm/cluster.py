@@ -34,6 +34,7 @@ from shardkit.storage.urls import sqlalchemy_url
 from .declare import Problem, problems, sharded_table, sharded_tables
 from .declared import declares
 from .routing import Planner
+from .scatterpolicy import Policy
 from .session import ShardAsyncSession, ShardSession
 
 SETTLE_SECONDS = 10.0
@@ -67,16 +68,23 @@ class ShardCluster:
 
     # --- sessions --------------------------------------------------------------------------------------------------
 
-    def sessionmaker(self, *, mode: Mode = "single", **options: Any) -> sessionmaker[ShardSession]:
-        """A factory of sessions; ``options`` are SQLAlchemy's. ``mode``: see `ShardSession`."""
-        return sessionmaker(class_=ShardSession, cluster=self, mode=mode, **options)
+    def sessionmaker(
+        self, *, mode: Mode = "single", scatter: Policy = "allow", **options: Any
+    ) -> sessionmaker[ShardSession]:
+        """A factory of sessions; ``options`` are SQLAlchemy's. ``mode`` and ``scatter``: see `ShardSession`."""
+        return sessionmaker(class_=ShardSession, cluster=self, mode=mode, scatter=scatter, **options)
 
     def async_sessionmaker(
-        self, *, mode: Mode = "single", **options: Any
+        self, *, mode: Mode = "single", scatter: Policy = "allow", **options: Any
     ) -> async_sessionmaker[ShardAsyncSession]:
         """A factory of sessions for asyncio."""
         return async_sessionmaker(
-            class_=ShardAsyncSession, cluster=self, engines=self.async_engines, mode=mode, **options
+            class_=ShardAsyncSession,
+            cluster=self,
+            engines=self.async_engines,
+            mode=mode,
+            scatter=scatter,
+            **options,
         )
 
     # --- tables ----------------------------------------------------------------------------------------------------

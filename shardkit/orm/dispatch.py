@@ -19,6 +19,7 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
+from . import scatterpolicy
 from .routing import Parameters, Route, ShardPart
 
 if TYPE_CHECKING:
@@ -77,9 +78,12 @@ class Dispatch:
     ) -> CursorResult[Any]:
         """Run a statement where it belongs; as ``Connection.execute``."""
         session = self._session
-        plan = session.cluster.planner.plan(statement, parameters or None, execution_options)
+        own = statement._execution_options  # type: ignore[attr-defined]
+        options: Mapping[str, Any] = {**own, **(execution_options or {})} if own else execution_options or {}
+        plan = session.cluster.planner.plan(statement, parameters or None, options)
+        if plan.everywhere:
+            scatterpolicy.met(statement, plan.reason, options.get(scatterpolicy.SCATTER, session.scatter))
         route = session.provision(plan)
-        options = execution_options or {}
         if plan.writes:
             options = {**options, WRITES: True}
         if route.merge is None:

@@ -49,6 +49,13 @@ class Plan:
 
     __slots__ = ("_parameters", "_statement", "tables", "writes")
 
+    reason: str
+    """Why it runs where it does, for people."""
+    everywhere = False
+    """Whether it asks all shards, however many there are."""
+    merging = "rows concatenated"
+    """How the results of several shards become one, for people."""
+
     def __init__(
         self, statement: Executable, parameters: Parameters, tables: tuple[ShardedTable, ...], writes: bool
     ) -> None:
@@ -67,6 +74,7 @@ class OneKeyPlan(Plan):
     """All rows of the statement have one position."""
 
     __slots__ = ("position",)
+    reason = "all sharded tables are bound to one shard key"
 
     def __init__(
         self,
@@ -92,6 +100,7 @@ class AnyShardPlan(Plan):
     """Every shard answers alike: no table is read, or no row can match."""
 
     __slots__ = ()
+    reason = "any shard gives the same answer"
 
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
         """One shard."""
@@ -104,6 +113,8 @@ class RowsPlan(Plan):
     """Sets of parameters or rows, each with a position of its own: every shard is given its own, in order."""
 
     __slots__ = ("_made", "_ordered", "_positions")
+    reason = "each row goes to the shard of its key"
+    merging = "results put together in the order of the rows"
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from .dispatch import Dispatch
 from .flush import mapped, provision_flush
 from .keys import instance_position
 from .routing import Plan, Route
+from .scatterpolicy import Policy, check_policy
 from .transaction import ShardTransaction
 
 if TYPE_CHECKING:
@@ -54,11 +55,18 @@ class ShardSession(Session):
     """A SQLAlchemy session whose entities live on the shards of a cluster.
 
     ``mode`` "single" lets a transaction write one shard and read any; "best_effort" lets it write several, which are
-    committed one after the other. Reads of several shards are no snapshot across them.
+    committed one after the other. Reads of several shards are no snapshot across them. ``scatter`` says what is done
+    about statements that ask all shards: "allow", "warn" or "refuse"; so does the execution option of that name.
     """
 
     def __init__(
-        self, *, cluster: ShardCluster, engines: Engines | None = None, mode: Mode = "single", **options: Any
+        self,
+        *,
+        cluster: ShardCluster,
+        engines: Engines | None = None,
+        mode: Mode = "single",
+        scatter: Policy = "allow",
+        **options: Any,
     ) -> None:
         for name in ("bind", "binds", "twophase"):
             if options.pop(name, None):
@@ -72,6 +80,7 @@ class ShardSession(Session):
         self.cluster = cluster
         self.engines = engines or cluster.engines
         self.mode: Mode = mode
+        self.scatter = check_policy(scatter)
         self._everywhere = _Everywhere(self)
         self._shards: ShardTransaction | None = None
         self._pinned: Engine | None = None

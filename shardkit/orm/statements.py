@@ -123,6 +123,11 @@ class SeveralPlan(Plan):
 
     __slots__ = ("_call", "_positions", "_split")
 
+    @property
+    def everywhere(self) -> bool:  # type: ignore[override]
+        """Whether its keys are not known."""
+        return self._positions is None
+
     def __init__(
         self,
         statement: Executable,
@@ -169,6 +174,18 @@ class ReadingPlan(SeveralPlan):
 
     __slots__ = ("_merge", "_own", "_reading")
 
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        """The anchor."""
+        anchor = self._reading.anchor
+        several = "several keys of" if self._positions is not None else "every key of"
+        return f"each row is made on the shard of its {anchor}; {several} it are asked for"
+
+    @property
+    def merging(self) -> str:  # type: ignore[override]
+        """What `orm.scatter` found."""
+        return self._reading.merging.description
+
     def __init__(
         self,
         statement: Executable,
@@ -214,6 +231,12 @@ class PullPlan(SeveralPlan):
     """A SELECT that runs on one shard, over rows that are read from all."""
 
     __slots__ = ("_most", "_pull")
+    reason = "its rows are not made shard by shard, so the rows of its tables are read"
+
+    @property
+    def merging(self) -> str:  # type: ignore[override]
+        """Which tables are read."""
+        return self._pull.description
 
     def __init__(
         self,
@@ -253,6 +276,11 @@ class WritingPlan(SeveralPlan):
     """An UPDATE or DELETE on several shards."""
 
     __slots__ = ("_compile", "_writing")
+
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        """The anchor."""
+        return f"each row is decided about on the shard of its {self._writing.anchor}"
 
     def __init__(
         self,

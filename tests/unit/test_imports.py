@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "dev": {"dev", *_TOP},
     "cli": {"cli", "dev", *_TOP},
     "__main__": {"cli"},
+    "testing": {"testing", "orm"},
     "shardkit": {"orm", "core"},
 }
 """What each package may import of the others; "shardkit" is the file that re-exports what an application needs, and
