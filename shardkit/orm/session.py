@@ -25,6 +25,7 @@ from shardkit.storage.scope import MODES, Mode
 from . import bulk
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
+from .ids import vet_instance
 from .keys import instance_position
 from .routing import Plan, Route
 from .transaction import ShardTransaction
@@ -191,6 +192,7 @@ class ShardSession(Session):
 
     def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         at = instance_position(instance)
+        vet_instance(instance, at)
         return self.provision_position(at, mapped(inspect(instance).mapper).tables)
 
     @contextmanager

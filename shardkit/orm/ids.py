@@ -1,0 +1,347 @@
+"""Slot-carrying ids in models: the column default that makes them, the CHECK that holds them to their key, and what the
+planner and the flush ask about them.
+
+`slot_id` goes into one line of a model. The row's shard key is read where SQLAlchemy evaluates the default, as late as
+can be: in a flush after parents have handed their keys to children, in Core and bulk inserts for each row. Integer ids
+need leases (`storage.idleases`); those are the cluster's where a session over shards runs the statement, and for a
+plain Session the ones named by `lease_ids`. UUIDs need none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Column, Table, event, inspect
+from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.sql.elements import BindParameter, ClauseElement
+from sqlalchemy.sql.schema import CallableColumnDefault
+from sqlalchemy.types import TypeDecorator
+
+from shardkit.core.errors import DeclarationError, IdMismatch, UnroutableQuery, UsageError
+from shardkit.core.idmaking import UuidMaker
+from shardkit.core.ids import RANDOM_BITS, Carrier, Layout
+from shardkit.core.keyrange import slot_of
+from shardkit.storage.idleases import IdLeases
+
+from . import declare
+from .idcheck import SlotCheck
+from .keys import DIALECT, KeyColumn
+
+LEASES = "shardkit_ids"
+"""The execution option by which an engine names the leases that its inserts use."""
+
+
+def slot_id(*, json_safe: bool = False, floor: int = 0) -> Any:
+    """A column default: ids that carry the slot of their row's shard key, so that ``session.get(Post, id)`` asks the
+    shard of that slot alone.
+
+    On a UUID column it makes UUIDs of version 7, without coordination. On a BIGINT column it makes 63-bit ids that
+    sort by time, or with ``json_safe`` ids below 2^53, which JavaScript reads exactly and which do not tell the time.
+    Integers below ``floor`` are older ids that carry no slot; they are found by asking every shard. On the shard key
+    itself, any new id will do.
+
+        id: Mapped[int] = mapped_column(BigInteger, primary_key=True, default=shardkit.slot_id())
+    """
+    return SlotId(json_safe=json_safe, floor=floor)
+
+
+class SlotId(CallableColumnDefault):
+    """What `slot_id` makes."""
+
+    carries_slot = True
+
+    def __init__(self, *, json_safe: bool = False, floor: int = 0) -> None:
+        if type(floor) is not int or floor < 0:
+            raise UsageError(f"The floor of ids is a number from 0 up, not {floor!r}.")
+        self.json_safe = json_safe
+        self.floor = floor
+        super().__init__(self._make)
+
+    def __new__(cls, *_: Any, **__: Any) -> SlotId:
+        return object.__new__(cls)
+
+    def _copy(self) -> SlotId:
+        return SlotId(json_safe=self.json_safe, floor=self.floor)
+
+    def _set_parent(self, parent: Any, **kw: Any) -> None:
+        super()._set_parent(parent, **kw)
+        event.listen(parent, "after_parent_attach", _check_added)
+
+    def carrier(self) -> Carrier:
+        """How the ids of this column carry their slot; `DeclarationError` if its type cannot hold them."""
+        column: Any = self.column
+        family = declare.key_family(column.type)
+        if family == "uuid":
+            return Carrier(Layout.UUID)
+        if family != "int" or not declare.is_bigint(column.type):
+            raise DeclarationError(
+                f"{column} has a default of slot_id(), and its type {column.type!r} cannot hold such ids.",
+                hint="Use BigInteger, or a UUID.",
+            )
+        return Carrier(Layout.COUNTED if self.json_safe else Layout.TIMED, self.floor)
+
+    def _make(self, context: Any) -> Any:
+        column: Any = self.column
+        key = _key_of(column)
+        slot = None if key is column else slot_of(_position(context, key))
+        carrier = self.carrier()
+        if carrier.layout is Layout.UUID:
+            return _returned(column, _uuids.make(slot))
+        leases = _leases(context)
+        made = leases.timed(slot) if carrier.layout is Layout.TIMED else leases.counted(slot, carrier.floor)
+        if made < carrier.floor:
+            raise DeclarationError(
+                f"The floor of {column} is {carrier.floor}, above the ids that are made now ({made}).",
+                hint="It is the highest id of the rows that were there before, plus 1.",
+            )
+        return _returned(column, made)
+
+
+def _key_of(column: Column[Any]) -> Column[Any]:
+    if not declare.is_sharded(column.table):
+        raise DeclarationError(
+            f"{column} has a default of slot_id(), and its table no shard key.",
+            hint="Put @sharded(by=...) above the class.",
+        )
+    return declare.key_column(column.table)
+
+
+def _position(context: Any, key: Column[Any]) -> int:
+    """The position of the row that an execution context is making."""
+    value = _given(context, key)
+    if isinstance(value, ClauseElement):
+        raise UnroutableQuery(
+            f"The shard key {key.table.name}.{key.name} is an expression, so the id's slot is not known.",
+            hint="Give the key as a value.",
+        )
+    known = KeyColumn.of(key)
+    return known.position(value if known.processor is None else known.processor(value))
+
+
+def _given(context: Any, key: Column[Any]) -> Any:
+    parameters = context.get_current_parameters()
+    if key.key in parameters:
+        return parameters[key.key]
+    # A parameter of the statement's own name, as in values(user_id=bindparam("u")), or an expression.
+    state = context.compiled.compile_state
+    value: Any = None
+    for name, given in (state._dict_parameters or {}).items():
+        if (name if isinstance(name, str) else name.key) == key.key:
+            value = given
+    return parameters.get(value.key) if isinstance(value, BindParameter) else value
+
+
+def _returned(column: Column[Any], made: Any) -> Any:
+    """An id as the application has it: of a decorated type, of a UUID column that holds strings."""
+    if isinstance(column.type, TypeDecorator):
+        return column.type.process_result_value(made, DIALECT)
+    return str(made) if getattr(column.type, "as_uuid", True) is False else made
+
+
+# --- where integers come from --------------------------------------------------------------------------------------
+
+_current: ContextVar[IdLeases | None] = ContextVar("shardkit_ids", default=None)
+_of_process: IdLeases | None = None
+
+
+def lease_ids(catalog: str | None) -> None:
+    """Name the catalog whose leases integer ids are made with where no session over shards is at work: by a plain
+    Session, or Core, on one database.
+
+    The catalog may be that database: ``shardkit init --catalog URL`` makes one. None undoes it.
+    """
+    global _of_process
+    if _of_process is not None:
+        _of_process.release()
+    _of_process = None if catalog is None else IdLeases(catalog)
+
+
+@contextmanager
+def leasing(leases: IdLeases | None) -> Iterator[None]:
+    """Defaults that are evaluated in the block, before a shard is chosen, use these leases."""
+    token = _current.set(leases)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _leases(context: Any) -> IdLeases:
+    found = _current.get()
+    if found is None and hasattr(type(context), "execution_options"):
+        found = context.execution_options.get(LEASES)
+    found = found or _of_process
+    if found is None:
+        raise UsageError(
+            "Integer ids need leases, and no cluster is at work here.",
+            hint="Name a catalog once with `shardkit.lease_ids(url)`, or use a UUID column, which needs none.",
+        )
+    return found
+
+
+class _Uuids:
+    """The UUIDs of this process."""
+
+    def __init__(self) -> None:
+        self.begin()
+        os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        """Start anew: the child of a fork would step on from where its parent does."""
+        self._lock = threading.Lock()
+        self._maker = UuidMaker()
+
+    def make(self, slot: int | None) -> UUID:
+        """The next one, of any slot if None."""
+        random = int.from_bytes(os.urandom(10))
+        with self._lock:
+            return self._maker.make(
+                random >> RANDOM_BITS if slot is None else slot,
+                time.time_ns() // 1_000_000,
+                random & (1 << RANDOM_BITS) - 1,
+            )
+
+
+_uuids = _Uuids()
+
+
+# --- the CHECK -----------------------------------------------------------------------------------------------------
+
+
+def _check_added(column: Column[Any], table: Any) -> None:
+    if isinstance(table, Table):
+        table.append_constraint(SlotCheck(column))
+
+
+# --- what is known of a table --------------------------------------------------------------------------------------
+
+
+_carriers: WeakKeyDictionary[Table, Mapping[str, Carrier]] = WeakKeyDictionary()
+
+
+def carriers(table: Table) -> Mapping[str, Carrier]:
+    """The columns of a sharded table, by name, whose values carry the slot of its shard key: those with the default,
+    and those that refer to such a one by a foreign key with the shard keys in it."""
+    known = _carriers.get(table)
+    if known is None:
+        known = _carriers[table] = _find_carriers(table, ())
+    return known
+
+
+def own_carriers(table: Table) -> Mapping[str, Carrier]:
+    """Those with the default alone."""
+    if not declare.is_sharded(table):
+        return {}
+    key = declare.key_column(table)
+    return {
+        str(column.name): column.default.carrier()
+        for column in table.columns
+        if isinstance(column.default, SlotId) and column is not key
+    }
+
+
+def _find_carriers(table: Table, around: tuple[Table, ...]) -> dict[str, Carrier]:
+    found = dict(own_carriers(table))
+    if not declare.is_sharded(table) or table in around:
+        return found
+    key = declare.key_column(table)
+    for constraint in table.foreign_key_constraints:
+        try:
+            target = constraint.referred_table
+            pairs = [(element.parent, element.column) for element in constraint.elements]
+        except Exception:  # a table that is not defined yet: create_all tells it
+            continue
+        # A deferred one can be broken within the transaction that reads.
+        if constraint.deferrable or not declare.is_sharded(target):
+            continue
+        other = declare.key_column(target)
+        if any(mine is key and theirs is other for mine, theirs in pairs):
+            of_target = _find_carriers(target, (*around, table))
+            for mine, theirs in pairs:
+                if theirs.name in of_target and mine is not key:
+                    found.setdefault(str(mine.name), of_target[str(theirs.name)])
+    return found
+
+
+# --- whether given ids fit their rows ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IdColumn:
+    """What is asked of an id that is given: how it carries its slot, and what makes of a Python value the one sent."""
+
+    column: Column[Any]
+    carrier: Carrier
+    processor: Callable[[Any], Any] | None
+
+    def vet(self, value: Any, position: int) -> None:
+        """`IdMismatch` if a value carries another slot than that of its row's position."""
+        if value is None or isinstance(value, ClauseElement):
+            return
+        sent = value if self.processor is None else self.processor(value)
+        slot = carried(self.carrier, sent)
+        if slot is not None and slot != slot_of(position):
+            raise IdMismatch(
+                f"The id {value!r} of {self.column} carries slot {slot}, and the shard key of its row is in slot "
+                f"{slot_of(position)}.",
+                id=value,
+                slot=slot,
+            )
+
+
+def carried(carrier: Carrier, sent: Any) -> int | None:
+    """The slot that a value carries as it is sent to the server; None if it carries none."""
+    if type(sent) is (UUID if carrier.layout is Layout.UUID else int):
+        return carrier.slot(sent)
+    return None
+
+
+_id_columns: WeakKeyDictionary[Table, Sequence[IdColumn]] = WeakKeyDictionary()
+
+
+def id_columns(table: Table) -> Sequence[IdColumn]:
+    """The columns of a table whose given values are vetted."""
+    known = _id_columns.get(table)
+    if known is None:
+        known = _id_columns[table] = tuple(
+            IdColumn(column, carrier, column.type.dialect_impl(DIALECT).bind_processor(DIALECT))
+            for name, carrier in own_carriers(table).items()
+            for column in table.columns
+            if column.name == name
+        )
+    return known
+
+
+def vet_instance(instance: object, position: int) -> None:
+    """`IdMismatch` if a new instance was given an id of another slot than its shard key has."""
+    state: InstanceState[Any] = inspect(instance)
+    if state.key is not None:
+        return
+    for attribute, known in id_attributes(state.mapper):
+        known.vet(state.dict.get(attribute), position)
+
+
+_attributes: WeakKeyDictionary[Mapper[Any], Sequence[tuple[str, IdColumn]]] = WeakKeyDictionary()
+
+
+def id_attributes(mapper: Mapper[Any]) -> Sequence[tuple[str, IdColumn]]:
+    """The attributes of a mapped class whose given values are vetted."""
+    known = _attributes.get(mapper)
+    if known is None:
+        known = _attributes[mapper] = tuple(
+            (mapper.get_property_by_column(one.column).key, one)
+            for table in mapper.tables
+            if isinstance(table, Table)
+            for one in id_columns(table)
+            if one.column in mapper.columns.values()
+        )
+    return known
