@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Column, Table, event, inspect
+from sqlalchemy.exc import DontWrapMixin
 from sqlalchemy.orm import InstanceState, Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 from sqlalchemy.sql.schema import CallableColumnDefault
 from sqlalchemy.types import TypeDecorator
 
-from shardkit.core.errors import DeclarationError, IdMismatch, UnroutableQuery, UsageError
+from shardkit.core.errors import DeclarationError, IdMismatch, ShardkitError, UnroutableQuery, UsageError
 from shardkit.core.idmaking import UuidMaker
 from shardkit.core.ids import RANDOM_BITS, Carrier, Layout
 from shardkit.core.keyrange import slot_of
@@ -90,6 +92,12 @@ class SlotId(CallableColumnDefault):
         return Carrier(Layout.COUNTED if self.json_safe else Layout.TIMED, self.floor)
 
     def _make(self, context: Any) -> Any:
+        try:
+            return self._next(context)
+        except ShardkitError as error:
+            raise unwrapped(error) from error.__cause__
+
+    def _next(self, context: Any) -> Any:
         column: Any = self.column
         key = _key_of(column)
         slot = None if key is column else slot_of(_position(context, key))
@@ -212,6 +220,21 @@ class _Uuids:
 
 
 _uuids = _Uuids()
+
+
+@cache
+def _unwrapped(kind: type[ShardkitError]) -> type[ShardkitError]:
+    def reduce(self: ShardkitError) -> tuple[Any, ...]:
+        made: tuple[Any, ...] = kind(self.message, hint=self.hint, **self.fields).__reduce__()
+        return made
+
+    return type(kind.__name__, (kind, DontWrapMixin), {"__doc__": kind.__doc__, "__reduce__": reduce})
+
+
+def unwrapped(error: ShardkitError) -> ShardkitError:
+    """The error as SQLAlchemy passes it through, which wraps what is raised where it evaluates defaults."""
+    kind: Any = type(error)
+    return _unwrapped(kind)(error.message, hint=error.hint, **error.fields)
 
 
 # --- the CHECK -----------------------------------------------------------------------------------------------------

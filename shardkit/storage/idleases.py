@@ -69,7 +69,8 @@ WITH clock AS MATERIALIZED (
     FOR UPDATE OF lanes SKIP LOCKED
 )
 UPDATE shardkit.id_lanes AS taken
-SET lease = %(lease)s, holder = %(holder)s, reserved_until = (clock.ms + %(reservation)s) / %(tick)s
+SET lease = %(lease)s, holder = %(holder)s,
+    reserved_until = (greatest(clock.ms, %(now)s) + %(reservation)s) / %(tick)s
 FROM free, clock
 WHERE taken.lane = free.lane
 RETURNING taken.lane, clock.ms, taken.reserved_until
@@ -79,7 +80,9 @@ WITH clock AS MATERIALIZED (
     SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint - %(epoch)s::bigint AS ms
 )
 UPDATE shardkit.id_lanes AS kept
-SET reserved_until = greatest(kept.reserved_until, (clock.ms + %(reservation)s) / %(tick)s)
+SET reserved_until = greatest(
+    kept.reserved_until, (greatest(clock.ms, %(now)s) + %(reservation)s) / %(tick)s
+)
 FROM clock
 WHERE kept.lane = ANY(%(lanes)s) AND kept.lease = %(lease)s
 RETURNING kept.lane, clock.ms, kept.reserved_until
@@ -94,6 +97,8 @@ UPDATE shardkit.id_counter SET next = greatest(next, %(first)s) + %(number)s RET
 _FIRST_FREE = "SELECT min(reserved_until) FROM shardkit.id_lanes"
 
 _living: weakref.WeakSet[IdLeases] = weakref.WeakSet()
+_holding: set[IdLeases] = set()
+"""Those with lanes to give back when the process ends, whoever still knows them."""
 
 
 class IdLeases:
@@ -159,6 +164,7 @@ class IdLeases:
             until = max([self._timed.tick + 1, *(lane.first for lane in lanes)])
             self._counted.drop()
             self._first = None
+            _holding.discard(self)
         if not lanes:
             return
         parameters = {"lanes": [lane.number for lane in lanes], "lease": self._lease, "until": until}
@@ -169,6 +175,11 @@ class IdLeases:
     def _now_ms(self) -> int:
         """Milliseconds since the epoch of ids; 0 before the first lease."""
         return 0 if self._ahead_ms is None else self._clock() // 1_000_000 + self._ahead_ms
+
+    def _reached_ms(self) -> int:
+        """What a reservation has to lie beyond: the catalog's clock may have been set back."""
+        with self._lock:
+            return max(self._now_ms(), self._timed.tick * TICK_MS)
 
     # --- lanes -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +199,7 @@ class IdLeases:
         before = self._clock()
         parameters = {
             "epoch": EPOCH_MS, "tick": TICK_MS, "number": number, "kept": kept, "reservation": reservation,
-            "lease": self._lease, "holder": whoami(),
+            "lease": self._lease, "holder": whoami(), "now": self._reached_ms(),
         }  # fmt: skip
         rows = connection.execute(_LEASE, parameters).fetchall()
         with self._lock:
@@ -196,6 +207,7 @@ class IdLeases:
                 self._set_clock(ms, before)
                 self._timed.add(Lane(lane, ms // TICK_MS, until))
                 if self._first is None:
+                    _holding.add(self)
                     self._first = lane
                     self._since_ms = self._now_ms()
                     self._renew_at_ms = self._since_ms + SETTLED_MS
@@ -257,6 +269,7 @@ class IdLeases:
         before = self._clock()
         parameters = {
             "epoch": EPOCH_MS, "tick": TICK_MS, "reservation": reservation, "lanes": lanes, "lease": self._lease,
+            "now": self._reached_ms(),
         }  # fmt: skip
         rows = connection.execute(_EXTEND, parameters).fetchall()
         with self._lock:
@@ -323,12 +336,13 @@ def _pause(seconds: float) -> None:
 
 
 def _forked() -> None:
+    _holding.clear()
     for leases in list(_living):
         leases._begin()
 
 
 def _ending() -> None:
-    for leases in list(_living):
+    for leases in list(_holding):
         leases.release()
 
 

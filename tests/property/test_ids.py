@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from uuid import UUID
 
 import pytest
@@ -77,7 +78,9 @@ def test_ids_below_the_floor_carry_no_slot(id_: int, floor: int) -> None:
 # --- making --------------------------------------------------------------------------------------------------------
 
 STEPS = st.lists(
-    st.tuples(st.integers(0, 2), FEW_SLOTS, st.integers(-200, 60), st.integers(1, 30)), min_size=1, max_size=120
+    st.tuples(st.integers(0, 2), FEW_SLOTS, st.integers(-200, 60), st.integers(1, 30)),
+    min_size=1,
+    max_size=120,
 )
 """(which process, slot, how its clock steps, how many ids)"""
 
@@ -113,7 +116,9 @@ def test_no_two_processes_make_one_timed_id(steps: list[tuple[int, int | None, i
             last[process, parts.slot] = made
             assert parts.tick >= ticks[process], "the tick went back"
             ticks[process] = parts.tick
-            assert any(lane.first <= parts.tick < lane.until for lane in maker.lanes if lane.number == parts.lane)
+            assert any(
+                lane.first <= parts.tick < lane.until for lane in maker.lanes if lane.number == parts.lane
+            )
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=60))
@@ -159,9 +164,7 @@ def test_the_tick_never_passes_the_reservation() -> None:
     st.lists(st.tuples(st.integers(0, 2), FEW_SLOTS, st.integers(0, 2**30)), max_size=300),
     st.integers(1, 5),
 )
-def test_no_two_processes_make_one_counted_id(
-    steps: list[tuple[int, int | None, int]], block: int
-) -> None:
+def test_no_two_processes_make_one_counted_id(steps: list[tuple[int, int | None, int]], block: int) -> None:
     makers = [CountedMaker() for _ in range(3)]
     counter = 0
     seen: set[int] = set()
@@ -186,5 +189,5 @@ def test_no_two_processes_make_one_counted_id(
 def test_uuids_of_a_process_increase(steps: list[tuple[int, int, int]]) -> None:
     maker = UuidMaker()
     made = [maker.make(slot, 1000 + ms, random) for ms, random, slot in steps]
-    assert all(before < after for before, after in zip(made, made[1:], strict=False))
+    assert all(before < after for before, after in pairwise(made))
     assert [one.int & 0xFFFF for one in made] == [slot for _, _, slot in steps]
