@@ -345,12 +345,11 @@ def id_columns(table: Table) -> Sequence[IdColumn]:
 
 
 def vet_instance(instance: object, position: int) -> None:
-    """`IdMismatch` if a new instance was given an id of another slot than its shard key has."""
+    """`IdMismatch` if an instance was given an id of another slot than its shard key has."""
     state: InstanceState[Any] = inspect(instance)
-    if state.key is not None:
-        return
     for attribute, known in id_attributes(state.mapper):
-        known.vet(state.dict.get(attribute), position)
+        if state.key is None or attribute in state.committed_state:
+            known.vet(state.dict.get(attribute), position)
 
 
 _attributes: WeakKeyDictionary[Mapper[Any], Sequence[tuple[str, IdColumn]]] = WeakKeyDictionary()

@@ -20,6 +20,7 @@ from shardkit.core.topology import ShardedTable, Topology
 from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
 from .idrouting import IdConstraint, owners, possible_slots
+from .ids import id_columns
 from .merge import Merge
 from .ownership import owned_arcs
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, ShardPart
@@ -381,6 +382,13 @@ def _vet_update(compiled: Compiled) -> None:
     names = {name if isinstance(name, str) else name.key for name in values} | set(compiled.column_keys)
     if key.key in names:
         raise keys.changed_key(key)
+    for one in id_columns(table):
+        if one.column.key in names:
+            raise Refusal(
+                "changed-id",
+                f"it sets {one.column}, whose ids carry the slot of their row's shard key",
+                "Change it on a loaded object, whose shard key is known.",
+            )
 
 
 def _refuse_strange_keys(anchor: Node, call: Call, parameters: Mapping[str, Any]) -> None:

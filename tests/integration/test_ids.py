@@ -33,7 +33,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 import shardkit
 from shardkit.core import ids
-from shardkit.core.errors import DeclarationError, IdMismatch, UsageError
+from shardkit.core.errors import DeclarationError, IdMismatch, UnroutableQuery, UsageError
 from shardkit.core.keyrange import ArcSet, slot_arc, slot_of
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
@@ -284,6 +284,20 @@ def test_given_ids_of_another_slot_are_refused(cluster: shardkit.ShardCluster) -
         session.add(Author(name="x", pictures=[Picture(id=other_id(8))]))
         with pytest.raises(IdMismatch):
             session.flush()
+
+
+def test_changed_ids_keep_their_slot(cluster: shardkit.ShardCluster, pictures: dict[str, int]) -> None:
+    with cluster.sessionmaker()() as session:
+        picture = session.scalars(select(Picture).where(Picture.caption == "s1", ~Picture.id.in_([1]))).one()
+        session.execute(delete(Remark).where(Remark.picture_id == picture.id))
+        picture.id = ids.timed_id(2**33, slot(picture.author_id), 1, 1)
+        session.flush()
+        picture.id = other_id(picture.author_id)
+        with pytest.raises(IdMismatch):
+            session.flush()
+        session.rollback()
+        with pytest.raises(UnroutableQuery, match="carry the slot"):
+            session.execute(update(Picture).where(Picture.author_id == 5).values(id=5))
 
 
 def test_the_servers_check_it(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
