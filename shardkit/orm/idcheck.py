@@ -48,6 +48,15 @@ class SlotCheck(CheckConstraint):
         applies: Any = _applies
         self.ddl_if(callable_=applies)
 
+    @property
+    def _type_bound(self) -> bool:  # type: ignore[override]
+        """For Alembic, which does not ask `_applies`: it leaves a constraint out that comes with its column."""
+        return _compared(self.of) is None
+
+    @_type_bound.setter
+    def _type_bound(self, _: bool) -> None:
+        pass
+
     def _set_parent(self, parent: Any, **kw: Any) -> None:
         # A copy of a table copies its columns, whose defaults bring the constraint, and the constraint again.
         standing = [c for c in parent.constraints if isinstance(c, SlotCheck) and c.of.name == self.of.name]

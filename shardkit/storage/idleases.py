@@ -247,8 +247,9 @@ class IdLeases:
         wait = RETRY_MS
         try:
             with self._catalog() as connection:
-                if first is not None and settled:
-                    self._extend(connection, [first], RESERVATION_MS)
+                # One that has ended is not taken up again: a new one is leased where the next id is made.
+                if first in numbers and settled:
+                    self._extend(connection, [n for n in numbers if n == first], RESERVATION_MS)
                 if busy:
                     self._extend(connection, [n for n in numbers if n != first], EXTRA_RESERVATION_MS)
                 if more > 0:

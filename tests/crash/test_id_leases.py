@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,19 @@ def test_processes_make_different_ids(
 @pytest.mark.parametrize("slot", ["spread", "40000"])
 def test_sixteen_processes_make_ten_million_ids(catalog: str, tmp_path: Path, layout: str, slot: str) -> None:
     check(made_by(catalog, tmp_path, 16, layout, slot, 625_000), layout, slot, 625_000)
+
+
+def test_threads_share_a_lane(catalog: str) -> None:
+    leases = IdLeases(catalog)
+
+    def make(number: int) -> list[int]:
+        return [leases.timed(None if number % 2 else number * 1000 + n % 500) for n in range(2000)]
+
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(make, range(8)))
+    assert len({id_ for part in made for id_ in part}) == 16_000
+    for part in made[1::2]:
+        assert part == sorted(part)
 
 
 def test_a_killed_process_keeps_its_lane_until_its_reservation_ends(catalog: str, tmp_path: Path) -> None:

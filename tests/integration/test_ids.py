@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import pytest
+from alembic.autogenerate import produce_migrations, render_python_code
+from alembic.migration import MigrationContext
 from sqlalchemy import (
     BigInteger,
     Column,
@@ -29,7 +32,15 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, selectinload
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    MappedAsDataclass,
+    Session,
+    mapped_column,
+    relationship,
+    selectinload,
+)
 
 import shardkit
 from shardkit.core import ids
@@ -210,6 +221,22 @@ async def test_async(async_cluster: shardkit.ShardCluster) -> None:
         assert len(sent) == 1
 
 
+async def test_a_busy_key_does_not_hold_other_tasks_up(async_cluster: shardkit.ShardCluster) -> None:
+    async with async_cluster.async_sessionmaker(expire_on_commit=False)() as session:
+        author = Author(name="a", pictures=[Picture() for _ in range(150)])
+        session.add(author)
+        flush = asyncio.ensure_future(session.commit())
+        turns = 0
+        while not flush.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        await flush
+    assert turns > 20, "the flush waited for ticks, and nobody else could work meanwhile"
+    made = [picture.id for picture in author.pictures]
+    assert sorted(set(made)) == made
+    assert {ids.timed(id_).slot for id_ in made} == {slot(author.id)}
+
+
 def test_a_plain_session_makes_them_too(sharded: ShardedCluster, fresh_database: FreshDatabase) -> None:
     engine = create_engine(sqlalchemy_url(fresh_database(1)))
     Base.metadata.create_all(engine)
@@ -344,6 +371,41 @@ def test_the_check_on_a_plain_database(fresh_database: FreshDatabase) -> None:
         with engine.connect() as connection, pytest.raises(IntegrityError, match="shardkit_slot_of_id"):
             connection.execute(insert(table).values(id=ids.counted_id(2**30, slot("x")) + 1, tag="x"))
     engine.dispose()
+
+
+def test_migrations_make_it(fresh_database: FreshDatabase) -> None:
+    engine = create_engine(sqlalchemy_url(fresh_database(0)))
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        operations = produce_migrations(context, Base.metadata).upgrade_ops
+        assert operations is not None
+        script = render_python_code(operations)
+    engine.dispose()
+    assert script.count("shardkit_slot_of_id") == 3
+    assert "hashint8extended(author_id, 0)" in script
+
+
+class DataclassBase(MappedAsDataclass, DeclarativeBase):
+    pass
+
+
+@shardkit.sharded(by="owner")
+class Dated(DataclassBase):
+    __tablename__ = "dated"
+
+    id: Mapped[int] = mapped_column(
+        BigInteger, primary_key=True, init=False, insert_default=shardkit.slot_id()
+    )
+    owner: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+def test_dataclasses(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> None:
+    cluster.create_all(Dated.metadata)
+    with cluster.sessionmaker()() as session:
+        dated = Dated(owner=5)
+        session.add(dated)
+        session.flush()
+        assert ids.timed(dated.id).slot == slot(5)
 
 
 def test_what_cannot_hold_ids_is_no_declaration() -> None:
