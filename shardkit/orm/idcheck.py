@@ -49,7 +49,7 @@ class SlotCheck(CheckConstraint):
         self.ddl_if(callable_=applies)
 
     @property
-    def _type_bound(self) -> bool:  # type: ignore[override]
+    def _type_bound(self) -> bool:
         """For Alembic, which does not ask `_applies`: it leaves a constraint out that comes with its column."""
         return _compared(self.of) is None
 
