@@ -137,7 +137,7 @@ class IdLeases:
                 made = self._timed.make(slot, self._now_ms() // TICK_MS)
                 renew = self._due()
             if renew:
-                threading.Thread(target=self._renew, name="shardkit-ids", daemon=True).start()
+                self._begin_renewal()
             if isinstance(made, int):
                 return made
             if made is Wait.LEASE:
@@ -229,11 +229,18 @@ class IdLeases:
         """Whether a renewal has to begin; the caller holds the lock, and begins it."""
         if self._renewing or self._first is None:
             return False
-        grows = self._timed.borrowed - self._borrowed > 3
+        grows = self._timed.borrowed - self._borrowed > 3 and len(self._timed.lanes) < MOST_LANES
         if not grows and self._now_ms() < self._renew_at_ms:
             return False
         self._renewing = True
         return True
+
+    def _begin_renewal(self) -> None:
+        try:
+            threading.Thread(target=self._renew, name="shardkit-ids", daemon=True).start()
+        except RuntimeError:  # the interpreter is ending, and begins no more threads
+            with self._lock:
+                self._renewing = False
 
     def _renew(self) -> None:
         """Reserve the first lane for hours again, and as many more as the borrowing since the last time asks for."""
