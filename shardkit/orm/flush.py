@@ -17,8 +17,9 @@ from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 
 from shardkit.core.topology import ShardedTable, Topology
 
+from .carriers import vet_instance
 from .declared import declared_of
-from .ids import leasing, vet_instance
+from .ids import leasing
 from .keys import fill_default_key, instance_position, mapped_key
 
 if TYPE_CHECKING:

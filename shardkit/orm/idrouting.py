@@ -20,7 +20,7 @@ from shardkit.core.ids import Carrier
 from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.topology import KeyType, Topology
 
-from .ids import carried, carriers
+from .carriers import carried, carriers
 from .recorder import MISSING, Call, Slot
 
 logger = logging.getLogger("shardkit.ids")

@@ -21,7 +21,7 @@ from shardkit.core.topology import ShardedTable
 
 from . import declare, keys
 from .binding import Terms, Unbound, one_position
-from .ids import IdColumn, id_attributes, id_columns
+from .carriers import IdColumn, id_attributes, id_columns
 from .plan import OneKeyPlan, Parameters, Plan, RowsPlan, ShardPart
 from .proof import sharded
 from .recorder import MISSING, Call, Compiled, Slot

@@ -23,9 +23,9 @@ from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
 from . import bulk
+from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
-from .ids import vet_instance
 from .keys import instance_position
 from .routing import Plan, Route
 from .transaction import ShardTransaction

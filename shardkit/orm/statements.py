@@ -19,8 +19,8 @@ from shardkit.core.topology import ShardedTable, Topology
 
 from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
+from .carriers import id_columns
 from .idrouting import IdConstraint, owners, possible_slots
-from .ids import id_columns
 from .merge import Merge
 from .ownership import owned_arcs
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, ShardPart
@@ -189,9 +189,7 @@ class ReadingPlan(SeveralPlan):
         merge: Merge,
         own: Mapping[str, Any],
     ) -> None:
-        super().__init__(
-            statement, parameters, proof, reading.anchor.constraints, call, reading.anchor.ids
-        )
+        super().__init__(statement, parameters, proof, reading.anchor.constraints, call, reading.anchor.ids)
         self._reading = reading
         self._merge = merge
         self._own = own
@@ -275,9 +273,7 @@ class WritingPlan(SeveralPlan):
         call: Call,
         compile_: Compile,
     ) -> None:
-        super().__init__(
-            statement, parameters, proof, writing.anchor.constraints, call, writing.anchor.ids
-        )
+        super().__init__(statement, parameters, proof, writing.anchor.constraints, call, writing.anchor.ids)
         self._writing = writing
         self._compile = compile_
 
