@@ -9,6 +9,7 @@ from shardkit.core.ring import HashRing, Ring, position
 from shardkit.orm.cluster import ShardCluster, connect
 from shardkit.orm.declare import sharded
 from shardkit.orm.explaining import Explanation, explain
+from shardkit.orm.ids import lease_ids, slot_id
 from shardkit.orm.scatterpolicy import ScatterWarning
 from shardkit.orm.session import ShardAsyncSession, ShardSession
 
@@ -26,6 +27,8 @@ __all__ = [
     "connect",
     "errors",
     "explain",
+    "lease_ids",
     "position",
     "sharded",
+    "slot_id",
 ]

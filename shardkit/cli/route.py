@@ -1,17 +1,19 @@
-"""`shardkit route KEY`: where a key lives."""
+"""`shardkit route KEY`: where a key lives, or with ``--id`` what an id carries and where its row is looked for."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 import typer
 from rich.console import Console
 
+from shardkit.core import ids
 from shardkit.core.errors import KeyTypeError, NotInitialised
-from shardkit.core.keyrange import hex_position, slot_of
+from shardkit.core.keyrange import ArcSet, hex_position, slot_arc, slot_of
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.storage.catalog import Catalog
@@ -39,6 +41,11 @@ Family = Annotated[
     ),
 ]
 
+IsId = Annotated[
+    bool,
+    typer.Option("--id", envvar="SHARDKIT_ID", help="KEY is an id made by slot_id(): tell what it carries."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -47,20 +54,19 @@ def register(app: typer.Typer) -> None:
 
 
 def route(
-    key: Annotated[str, typer.Argument(help="The value of the shard key.")],
+    key: Annotated[str, typer.Argument(help="The value of the shard key, or an id.")],
     catalog: CatalogUrl,
     type_: Family = None,
+    is_id: IsId = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell which shard owns a key, and the key's position and slot on the ring."""
+    if is_id:
+        route_id(key, catalog, as_json)
+        return
     family = type_ or guess(key)
     place = position(parse(key, family))
-    with Catalog.open(catalog) as opened:
-        topology = opened.current()
-    if topology is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
+    topology = _current(catalog)
     _narrate_type(topology, family, guessed=type_ is None)
     owner = topology.by_id[topology.ring.owner_at(place)]
     in_transit = [shard.name for shard in topology.shards if place in shard.in_transit]
@@ -85,6 +91,66 @@ def route(
             console.print(f"Rows of it may also be on shard {name}, in transit.", soft_wrap=True)
 
     show(document, as_json, draw)
+
+
+def route_id(text: str, catalog: str, as_json: bool) -> None:
+    """Tell what a slot-carrying id is made of, and the shards that own keys of its slot."""
+    parts = decoded(text)
+    topology = _current(catalog)
+    owned = ArcSet([slot_arc(parts["slot"])])
+    shards = [shard.name for shard in topology.shards if topology.owned(shard.id) & owned]
+    in_transit = [shard.name for shard in topology.shards if shard.in_transit & owned]
+    document = {"id": text, **parts, "shards": shards, "in_transit": in_transit, "version": topology.version}
+
+    def draw(console: Console) -> None:
+        told = ", ".join(
+            f"{name} {parts[name]}"
+            for name in ("time", "slot", "lane", "sequence", "counter")
+            if name in parts
+        )
+        console.print(f"{parts['layout']} id {text}: {told}", soft_wrap=True)
+        console.print(f"Its row is on shard {' or '.join(shards)}.", soft_wrap=True)
+        for name in in_transit:
+            console.print(f"Rows of the slot may also be on shard {name}, in transit.", soft_wrap=True)
+
+    show(document, as_json, draw)
+
+
+def decoded(text: str) -> dict[str, Any]:
+    """The parts of an id by name; `KeyTypeError` if it is none. An integer below 2^53 is a counted one: timed ones are
+    above since 25 days after the beginning of their time."""
+    try:
+        if not _INTEGER.fullmatch(text):
+            carried = ids.uuid_parts(UUID(text))
+            return {"layout": "uuid", "time": _time(carried.unix_ms), "slot": carried.slot}
+        if int(text) < 1 << 53:
+            counted = ids.counted(int(text))
+            return {"layout": "counted", **counted._asdict()}
+        timed = ids.timed(int(text))
+        return {"layout": "timed", "time": _time(timed.unix_ms), **timed._asdict()}
+    except ValueError as error:
+        raise KeyTypeError(
+            f"{text!r} is no id that carries a slot.",
+            hint="Such an id is an integer from 0 up to 2^63 - 1, or a UUID of version 7.",
+        ) from error
+
+
+def _time(unix_ms: int) -> str:
+    try:
+        moment = datetime.fromtimestamp(unix_ms / 1000, UTC)
+    except (ValueError, OverflowError):  # a UUID counts to the year 10889
+        return f"{unix_ms} ms after 1970"
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _current(catalog: str) -> Topology:
+    with Catalog.open(catalog) as opened:
+        topology = opened.current()
+    if topology is None:
+        raise NotInitialised(
+            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
+        )
+    return topology
 
 
 def guess(key: str) -> KeyFamily:

@@ -229,6 +229,13 @@ class ScatterRefused(UnroutableQuery):
     """
 
 
+class IdMismatch(Refused):
+    """This id carries the slot of another shard key than its row has.
+
+    Leave the id to its default, or give one that was made for this shard key: it decides where the row is looked for.
+    """
+
+
 class CrossShardWrite(Refused):
     """This transaction would write to a second shard.
 
@@ -366,6 +373,13 @@ class CatalogUnreachable(RetryLater):
     """The catalog database does not answer.
 
     Check the URL; running applications go on without it, changes of topology wait.
+    """
+
+
+class IdsExhausted(RetryLater):
+    """No id can be made now, as every lease is taken.
+
+    Wait for leases of processes that are gone to end, or use UUIDs, which need none.
     """
 
 

@@ -26,6 +26,7 @@ from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections, connect_catalog, value
 from shardkit.storage.dialect import DRIVER
 from shardkit.storage.engines import Engines
+from shardkit.storage.idleases import IdLeases
 from shardkit.storage.router import Router
 from shardkit.storage.scope import Mode
 from shardkit.storage.topologies import read_copy, read_current
@@ -33,6 +34,7 @@ from shardkit.storage.urls import sqlalchemy_url
 
 from .declare import Problem, problems, sharded_table, sharded_tables
 from .declared import declares
+from .ids import LEASES
 from .routing import Planner
 from .scatterpolicy import Policy
 from .session import ShardAsyncSession, ShardSession
@@ -55,10 +57,13 @@ class ShardCluster:
         self.catalog_url = catalog_url
         self.settle_seconds = settle_seconds
         self.router = Router(topology)
-        self.engines = Engines(catalog_url, cluster=cluster, options=engine_options)
-        self.async_engines = Engines(catalog_url, cluster=cluster, options=engine_options, is_async=True)
+        self.ids = IdLeases(catalog_url)
+        options = dict(engine_options or {})
+        options["execution_options"] = {**options.get("execution_options", {}), LEASES: self.ids}
+        self.engines = Engines(catalog_url, cluster=cluster, options=options)
+        self.async_engines = Engines(catalog_url, cluster=cluster, options=options, is_async=True)
         self.dialect: Dialect = create_engine(f"{DRIVER}://").dialect
-        self.planner = Planner(self.dialect)
+        self.planner = Planner(self.dialect, ids=self.ids)
         self.workers = _workers()
 
     @property
@@ -138,7 +143,8 @@ class ShardCluster:
     # --- the end ---------------------------------------------------------------------------------------------------
 
     def dispose(self) -> None:
-        """Close the pools of the sync engines and the threads."""
+        """Close the pools of the sync engines and the threads, and give the leases of ids back."""
+        self.ids.release()
         self.engines.dispose()
         self.workers.shutdown()
         self.workers = _workers()

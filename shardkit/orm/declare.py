@@ -133,6 +133,16 @@ def sharded_table(table: Table) -> ShardedTable | None:
     return declared
 
 
+def is_bigint(type_: TypeEngine[Any]) -> bool:
+    """Whether a type is stored as a bigint."""
+    return bool(_DIALECT.type_compiler_instance.process(type_) == "BIGINT")
+
+
+def carries_slot(column: Column[Any]) -> bool:
+    """Whether a column's default is `orm.ids.slot_id`: its values are unique over all shards."""
+    return bool(getattr(column.default, "carries_slot", False))
+
+
 # --- all of them ---------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +230,13 @@ def _table_problems(table: Table) -> Iterator[Problem]:
             f"the shard key {key.name!r} changes on update",
             "remove onupdate: a shard key never changes",
         )
+    for column in table.columns:
+        if carries_slot(column) and not is_bigint(column.type) and key_family(column.type) != "uuid":
+            yield Problem(
+                name,
+                f"the column {column.name!r} of type {column.type!r} cannot hold slot-carrying ids",
+                "use BigInteger or a UUID",
+            )
     yield from _primary_key_problems(table, key)
 
 
@@ -232,12 +249,14 @@ def _primary_key_problems(table: Table, key: Column[Any]) -> Iterator[Problem]:
             "add a primary key with the shard key in it",
             fatal=False,
         )
-    elif not _holds(columns, key) and not any(key_family(column.type) == "uuid" for column in columns):
+    elif not _holds(columns, key) and not any(
+        carries_slot(column) or key_family(column.type) == "uuid" for column in columns
+    ):
         listed = ", ".join(column.name for column in columns)
         yield Problem(
             table.fullname,
             f"the primary key ({listed}) can be equal on two shards",
-            f"put the shard key {key.name!r} into it, or use a UUID",
+            f"put the shard key {key.name!r} into it, or use slot_id() or a UUID",
         )
 
 

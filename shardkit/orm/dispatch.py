@@ -78,7 +78,7 @@ class Dispatch:
     ) -> CursorResult[Any]:
         """Run a statement where it belongs; as ``Connection.execute``."""
         session = self._session
-        own = statement._execution_options  # type: ignore[attr-defined]
+        own = statement._execution_options
         options: Mapping[str, Any] = {**own, **(execution_options or {})} if own else execution_options or {}
         plan = session.cluster.planner.plan(statement, parameters or None, options)
         if plan.everywhere:

@@ -17,7 +17,9 @@ from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 
 from shardkit.core.topology import ShardedTable, Topology
 
+from .carriers import vet_instance
 from .declared import declared_of
+from .ids import leasing
 from .keys import fill_default_key, instance_position, mapped_key
 
 if TYPE_CHECKING:
@@ -65,9 +67,12 @@ def provision_flush(session: ShardSession) -> None:
     """Give new instances their default keys and hold every shard that is known to be written."""
     positions: set[int] = set()
     tables: set[ShardedTable] = set()
-    for instance, facts in _to_be_written(session):
-        positions.add(instance_position(instance))
-        tables.update(facts.tables)
+    with leasing(session.cluster.ids):
+        for instance, facts in _to_be_written(session):
+            at = instance_position(instance)
+            vet_instance(instance, at)
+            positions.add(at)
+            tables.update(facts.tables)
     if positions:
 
         def route(topology: Topology) -> _Several:

@@ -26,7 +26,7 @@ from . import declare
 
 EXACT: dict[KeyType, type] = {"int": int, "text": str, "uuid": UUID}
 
-_DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
+DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call]  # SQLAlchemy's dialects are untyped
 
 
 def exact_position(value: Any, family: KeyType) -> int | None:
@@ -57,9 +57,9 @@ class KeyColumn:
         if known is None:
             family = declare.key_family(column.type)
             assert family is not None
-            impl = column.type.dialect_impl(_DIALECT)
+            impl = column.type.dialect_impl(DIALECT)
             length = getattr(impl, "length", None) if family == "text" else None
-            known = cls(f"{column.table.name}.{column.name}", family, length, impl.bind_processor(_DIALECT))
+            known = cls(f"{column.table.name}.{column.name}", family, length, impl.bind_processor(DIALECT))
             _key_columns[column] = known
         return known
 

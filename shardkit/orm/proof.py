@@ -41,6 +41,7 @@ from sqlalchemy.sql.selectable import (
 from shardkit.core.topology import KeyType, ShardedTable
 
 from . import declare
+from .idrouting import IdConstraint, carrier_of
 from .recorder import Block, Compiled, Slot
 from .refusals import Refusal
 
@@ -80,12 +81,13 @@ class Scope:
     parent: Scope | None = None
     links: list[tuple[Node, Node]] = field(default_factory=list)
     bounds: list[tuple[Node, Constraint]] = field(default_factory=list)
+    ids: list[tuple[Node, IdConstraint]] = field(default_factory=list)
 
     def mentioned(self) -> Iterator[Node]:
         """The nodes that are present where this scope holds, as its equalities are not of NULL."""
         for link in self.links:
             yield from link
-        for node, _ in self.bounds:
+        for node, _ in (*self.bounds, *self.ids):
             yield node
 
     def chain(self) -> Iterator[Scope]:
@@ -99,7 +101,8 @@ class Scope:
 @dataclass(slots=True, eq=False)
 class Node:
     """One sharded FROM of one block: a table, or an alias of one. ``present`` is whether every row of the block has a
-    row of it, so that the block is empty where no value fits the ``constraints``."""
+    row of it, so that the block is empty where no value fits the ``constraints``. ``ids`` leave slots, not positions.
+    """
 
     name: str
     table: ShardedTable
@@ -107,6 +110,7 @@ class Node:
     block: BlockProof
     scope: Scope
     constraints: tuple[Constraint, ...] = ()
+    ids: tuple[IdConstraint, ...] = ()
     present: bool = False
 
     def __str__(self) -> str:
@@ -265,6 +269,8 @@ class _Reader:
                 self._bind(a, right, scope)
             elif b is not None:
                 self._bind(b, left, scope)
+            elif not self._bind_id(left, right, scope):
+                self._bind_id(right, left, scope)
         elif conjunct.operator is operators.in_op:
             self._in(left, right, scope)
 
@@ -284,10 +290,14 @@ class _Reader:
                 types = getattr(right.type, "types", ())
                 if node is not None and part < len(types):
                     self._constrain(node, right, types[part], scope, listed=True, part=part)
+                elif part < len(types):
+                    self._constrain_id(ungrouped(element), right, types[part], scope, listed=True, part=part)
         else:
             node = self._key(left)
             if node is not None:
                 self._constrain(node, right, right.type, scope, listed=True)
+            else:
+                self._constrain_id(left, right, right.type, scope, listed=True)
 
     def _compare(self) -> None:
         """``key IN (SELECT key ...)``: whether that is true, rows of the block with other keys do not matter to.
@@ -330,6 +340,35 @@ class _Reader:
                 (node, Constraint(slot, node.table.key_type, listed, part, single, str(node)))
             )
 
+    def _bind_id(self, element: Any, value: Any, scope: Scope) -> bool:
+        if not isinstance(value, BindParameter) or value.expanding:
+            return False
+        return self._constrain_id(element, value, value.type, scope, listed=False)
+
+    def _constrain_id(
+        self,
+        element: Any,
+        bind: BindParameter[Any],
+        type_: Any,
+        scope: Scope,
+        *,
+        listed: bool,
+        part: int | None = None,
+    ) -> bool:
+        """Whether an element is a column that carries slots; then its equality is noted."""
+        if not isinstance(element, ColumnClause) or element.table is None or element.is_literal:
+            return False
+        node = self._proof.find(self._rendered(element.table))
+        carrier = None if node is None else carrier_of(element, node.source)
+        family = declare.key_family(type_)
+        if node is None or carrier is None or family != ("uuid" if carrier.layout == "uuid" else "int"):
+            return False
+        slot = self._compiled.slot(bind)
+        if slot is not None:
+            name = f"{node.table}.{element.name}"
+            scope.ids.append((node, IdConstraint(slot, carrier, family, listed, part, name)))
+        return True
+
 
 def conjuncts(condition: Any) -> Iterator[Any]:
     """The parts of a condition that are all true when it is."""
@@ -358,11 +397,16 @@ def _close(proof: BlockProof) -> None:
         node.present = any(scope is node.scope for scope in everywhere)
         scopes = holding(node.scope, proof)
         found: dict[int, Constraint] = {}
+        ids: dict[int, IdConstraint] = {}
         for reached in linked(node, scopes):
             own = [constraint for scope in scopes for bound, constraint in scope.bounds if bound is reached]
             inherited = reached.constraints if reached.block is not proof else ()
             found.update((id(constraint), constraint) for constraint in (*own, *inherited))
+            own_ids = [constraint for scope in scopes for bound, constraint in scope.ids if bound is reached]
+            inherited_ids = reached.ids if reached.block is not proof else ()
+            ids.update((id(constraint), constraint) for constraint in (*own_ids, *inherited_ids))
         node.constraints = tuple(found.values())
+        node.ids = tuple(ids.values())
 
 
 def holding(scope: Scope, proof: BlockProof) -> list[Scope]:

@@ -23,7 +23,10 @@ from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CompoundSelect
 
+from shardkit.storage.idleases import IdLeases
+
 from .binding import Terms, terms
+from .ids import leasing
 from .kept import Kept
 from .plan import Parameters, Plan, Route, ShardPart
 from .proof import prove
@@ -43,11 +46,15 @@ _PLANNED = (Select, CompoundSelect, FromStatement, Insert, Update, Delete)
 
 class Planner:
     """Plans statements for one dialect; safe to share between threads. ``size`` bounds the statement shapes kept;
-    ``most_rows`` is how many rows of a table may be read from its shards for one statement."""
+    ``most_rows`` is how many rows of a table may be read from its shards for one statement; ``ids`` makes shard keys
+    that are ids by default."""
 
-    def __init__(self, dialect: Dialect, *, size: int = 500, most_rows: int = MOST_ROWS) -> None:
+    def __init__(
+        self, dialect: Dialect, *, size: int = 500, most_rows: int = MOST_ROWS, ids: IdLeases | None = None
+    ) -> None:
         self._dialect = dialect
         self._most_rows = most_rows
+        self._ids = ids
         self._proofs: Kept[StatementProof | InsertProof] = Kept(size)
 
     def plan(
@@ -63,7 +70,10 @@ class Planner:
         declared wrongly.
         """
         try:
-            return self._plan(statement, parameters, execution_options or {})
+            if self._ids is None or not getattr(statement, "is_insert", False):
+                return self._plan(statement, parameters, execution_options or {})
+            with leasing(self._ids):
+                return self._plan(statement, parameters, execution_options or {})
         except Refusal as refusal:
             raise refusal.error() from None
 

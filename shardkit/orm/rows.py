@@ -21,6 +21,7 @@ from shardkit.core.topology import ShardedTable
 
 from . import declare, keys
 from .binding import Terms, Unbound, one_position
+from .carriers import IdColumn, id_attributes, id_columns
 from .plan import OneKeyPlan, Parameters, Plan, RowsPlan, ShardPart
 from .proof import sharded
 from .recorder import MISSING, Call, Compiled, Slot
@@ -42,16 +43,20 @@ class InsertProof:
     returning: bool
     upsert: bool
     scattered: Refusal | None
+    ids: tuple[tuple[IdColumn, Slot], ...] = ()
 
     def plan(self, statement: Any, parameters: Parameters, call: Call) -> Plan:
         """The plan of one call."""
         if not isinstance(parameters, Sequence) and not self.blocks:
             row = self._filled(parameters or {})
             (sent,) = self._sent([row], call)
-            return OneKeyPlan(statement, row or None, self.tables, True, self.key.position(sent))
+            position = self.key.position(sent)
+            self._vet_ids([row], [position], call)
+            return OneKeyPlan(statement, row or None, self.tables, True, position)
         rows = parameters if isinstance(parameters, Sequence) else [parameters or {}]
         filled = [self._filled(row) for row in rows]
         positions = self.key.positions(self._sent(filled, call))
+        self._vet_ids(filled, positions, call)
         if self.blocks:
             self._agree(positions, one_position(self.blocks, call, filled[0]))
         if len(set(positions)) == 1:
@@ -79,6 +84,12 @@ class InsertProof:
             raise missing_key(self.column)
         return [slot.processed(value) for value in values]
 
+    def _vet_ids(self, rows: Sequence[Row], positions: Sequence[int], call: Call) -> None:
+        for column, slot in self.ids:
+            for row, position in zip(rows, positions, strict=True):
+                value = slot.value(call, row)
+                column.vet(None if value is MISSING else value, position)
+
     def _agree(self, positions: Sequence[int], of_blocks: int | Unbound) -> None:
         if of_blocks is Unbound.SEVERAL or (isinstance(of_blocks, int) and {of_blocks} != set(positions)):
             raise Refusal("subquery", "a subquery in it is not bound to the shard key of the row")
@@ -105,6 +116,12 @@ def prove_insert(compiled: Compiled, blocks: tuple[Terms, ...], scattered: Refus
             "key-expression", f"the shard key {table.name}.{column.name} is bound as a value of another type"
         )
     vet_conflict(statement, table, column)
+    ids = tuple(
+        (one, slot)
+        for one in id_columns(table)
+        if one.column.key in given or one.column.key in compiled.column_keys
+        if (slot := _id_slot(compiled, one, given.get(one.column.key))) is not None
+    )
     return InsertProof(
         column=column,
         key=keys.KeyColumn.of(column),
@@ -114,7 +131,16 @@ def prove_insert(compiled: Compiled, blocks: tuple[Terms, ...], scattered: Refus
         returning=bool(statement._returning),
         upsert=statement._post_values_clause is not None,
         scattered=scattered,
+        ids=ids,
     )
+
+
+def _id_slot(compiled: Compiled, one: IdColumn, value: Any) -> Slot | None:
+    """Where the value of an id comes from; None if it is an expression, which the server's CHECK looks at."""
+    if isinstance(value, ClauseElement) and not isinstance(value, BindParameter):
+        return None
+    bind = compiled.column_of_insert(one.column, value)
+    return None if bind is None else compiled.slot(bind)
 
 
 def _target(statement: Any) -> tuple[Table, ShardedTable, Column[Any]]:
@@ -157,6 +183,12 @@ def plan_values(
     vet_conflict(core, table, column)
     rows: list[Mapping[Any, Any]] = compiled.state._multi_parameters
     positions = keys.required_positions([_key_value(row, column) for row in rows], column)
+    for row, at in zip(rows, positions, strict=True):
+        for one in id_columns(table):
+            named = (
+                value for name, value in row.items() if one.column.key in (name, getattr(name, "key", None))
+            )
+            one.vet(next(named, None), at)
     if blocks:
         raise Refusal("subquery", "a subquery in a list of VALUES is not routed")
     if len(set(positions)) == 1:
@@ -203,6 +235,9 @@ def plan_bulk_insert(statement: Insert, rows: Sequence[Row], mapper: Mapper[Any]
     # Where a row has no key, or None for it, the ORM takes the default: here it is taken before the shard is chosen.
     filled = [row if row.get(name) is not None else _with_default(row, name, column) for row in rows]
     positions = keys.required_positions([row[name] for row in filled], column)
+    for attribute, one in id_attributes(mapper):
+        for row, at in zip(filled, positions, strict=True):
+            one.vet(row.get(attribute), at)
     ordered = bool(statement._returning) and statement._post_values_clause is None
     return RowsPlan(statement, filled, tables_of(mapper), positions, ordered=ordered)
 

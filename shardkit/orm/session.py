@@ -23,6 +23,7 @@ from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
 from . import bulk
+from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
 from .keys import instance_position
@@ -200,6 +201,7 @@ class ShardSession(Session):
 
     def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
         at = instance_position(instance)
+        vet_instance(instance, at)
         return self.provision_position(at, mapped(inspect(instance).mapper).tables)
 
     @contextmanager

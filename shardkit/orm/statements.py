@@ -19,6 +19,8 @@ from shardkit.core.topology import ShardedTable, Topology
 
 from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
+from .carriers import id_columns
+from .idrouting import IdConstraint, owners, possible_slots
 from .merge import Merge
 from .ownership import owned_arcs
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, ShardPart
@@ -119,9 +121,10 @@ class PlannerFacts:
 
 
 class SeveralPlan(Plan):
-    """The rows of the statement are on several shards: on all, or on the owners of the anchor's keys."""
+    """The rows of the statement are on several shards: on all, on the owners of the anchor's keys, or on those of the
+    slots that its ids carry."""
 
-    __slots__ = ("_call", "_positions", "_split")
+    __slots__ = ("_call", "_positions", "_slots", "_split")
 
     @property
     def everywhere(self) -> bool:  # type: ignore[override]
@@ -135,11 +138,13 @@ class SeveralPlan(Plan):
         proof: StatementProof,
         constraints: Sequence[Constraint],
         call: Call,
+        ids: Sequence[IdConstraint] = (),
     ) -> None:
         super().__init__(statement, parameters, proof.tables, proof.writes)
         self._call = call
         self._positions = possible(constraints, call, parameters)
         self._split = self._splittable(constraints, parameters)
+        self._slots = possible_slots(ids, call, parameters) if ids and self._positions is None else None
 
     def _splittable(
         self, constraints: Sequence[Constraint], parameters: Mapping[str, Any]
@@ -153,6 +158,8 @@ class SeveralPlan(Plan):
 
     def _shards(self, topology: Topology) -> Mapping[int, list[int] | None]:
         """The shards that hold rows, and the positions of the keys that each of them is asked for, if known."""
+        if self._slots is not None:
+            return dict.fromkeys(owners(topology, self._slots))
         if self._positions is None:
             return {shard.id: None for shard in topology.shards if topology.owned(shard.id)}
         of_shard: dict[int, list[int] | None] = {}
@@ -161,6 +168,12 @@ class SeveralPlan(Plan):
             assert positions is not None
             positions.append(position)
         return of_shard
+
+    def _strays(self, topology: Topology, shard_id: int) -> bool:
+        """Whether a shard may hold rows that the statement would see there and that it does not own."""
+        if self._slots is not None:
+            return owners(topology, self._slots)[shard_id]
+        return bool(topology.by_id[shard_id].in_transit)
 
     def _listed(self, positions: list[int] | None) -> list[Any] | None:
         """The part of a list of keys that one shard is given; None if the list cannot be split."""
@@ -196,7 +209,7 @@ class ReadingPlan(SeveralPlan):
         merge: Merge,
         own: Mapping[str, Any],
     ) -> None:
-        super().__init__(statement, parameters, proof, reading.anchor.constraints, call)
+        super().__init__(statement, parameters, proof, reading.anchor.constraints, call, reading.anchor.ids)
         self._reading = reading
         self._merge = merge
         self._own = own
@@ -207,7 +220,7 @@ class ReadingPlan(SeveralPlan):
         shards = self._shards(topology)
         if len(shards) == 1:
             ((shard_id, positions),) = shards.items()
-            if positions is not None or not topology.by_id[shard_id].in_transit:
+            if positions is not None or not self._strays(topology, shard_id):
                 return Route({shard_id: ShardPart(self._statement, self._parameters)}, None)
         parts = {
             shard_id: self._part(topology, shard_id, positions) for shard_id, positions in shards.items()
@@ -220,7 +233,7 @@ class ReadingPlan(SeveralPlan):
         if listed is not None:
             assert self._split is not None
             own[self._split[0].slot.bind.key] = listed
-        elif topology.by_id[shard_id].in_transit:
+        elif self._strays(topology, shard_id):
             prepared = self._reading.owned
             own.update(owned_arcs(topology.owned(shard_id), topology.by_id[shard_id].in_transit))
         parameters: Any = self._parameters
@@ -291,7 +304,7 @@ class WritingPlan(SeveralPlan):
         call: Call,
         compile_: Compile,
     ) -> None:
-        super().__init__(statement, parameters, proof, writing.anchor.constraints, call)
+        super().__init__(statement, parameters, proof, writing.anchor.constraints, call, writing.anchor.ids)
         self._writing = writing
         self._compile = compile_
 
@@ -316,7 +329,7 @@ class WritingPlan(SeveralPlan):
             if part is not None:
                 return part
         statement: Executable = self._statement
-        if topology.by_id[shard_id].in_transit:
+        if self._strays(topology, shard_id):
             owned, in_transit = topology.owned(shard_id), topology.by_id[shard_id].in_transit
             statement = self._writing.owned_only(statement, owned, in_transit, self._compile)
         return ShardPart(statement, parameters)
@@ -396,6 +409,13 @@ def _vet_update(compiled: Compiled) -> None:
     names = {name if isinstance(name, str) else name.key for name in values} | set(compiled.column_keys)
     if key.key in names:
         raise keys.changed_key(key)
+    for one in id_columns(table):
+        if one.column.key in names:
+            raise Refusal(
+                "changed-id",
+                f"it sets {one.column}, whose ids carry the slot of their row's shard key",
+                "Change it on a loaded object, whose shard key is known.",
+            )
 
 
 def _refuse_strange_keys(anchor: Node, call: Call, parameters: Mapping[str, Any]) -> None:

@@ -48,10 +48,13 @@ WHERE NOT (name = 'synchronous_commit' AND current_setting(name) = 'remote_apply
 """
 
 
-def connect(url: str, *, application: str = "shardkit", options: str | None = None) -> Connection:
-    """An autocommit connection; ``psycopg.OperationalError`` if the server does not answer."""
+def connect(
+    url: str, *, application: str = "shardkit", options: str | None = None, seconds: int | None = None
+) -> Connection:
+    """An autocommit connection; ``psycopg.OperationalError`` if the server does not answer, within ``seconds``."""
+    liveness = _LIVENESS if seconds is None else {**_LIVENESS, "connect_timeout": seconds}
     connection = psycopg.connect(
-        conninfo(url, **{**_LIVENESS, "application_name": application, "options": options}), autocommit=True
+        conninfo(url, **{**liveness, "application_name": application, "options": options}), autocommit=True
     )
     connection.execute(_SET, (list(_SETTINGS), list(_SETTINGS.values())))
     return connection

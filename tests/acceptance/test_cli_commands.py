@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 
 from shardkit import __version__
+from shardkit.core import ids
 from shardkit.core.ring import position
 from shardkit.storage.connections import connect, value
 from tests.acceptance.conftest import Program, Running, contents
@@ -101,6 +102,25 @@ def test_from_nothing_to_two_shards(
             assert routed.document["position"] == position(key)
             if owner is there:
                 break
+
+
+def test_ids_are_decoded(catalog: str, call: Program, make_shards: MakeShards) -> None:
+    environment = {"SHARDKIT_CATALOG": make_shards(2).catalog_url}
+    timed = str(ids.timed_id(468_750_000, 40_000, 1_023, 7))
+    document = call("route", "--id", timed, "--json", **environment).ok().document
+    assert document == {
+        "id": timed, "layout": "timed", "time": "2026-11-26T10:40:00.000Z", "tick": 468_750_000, "slot": 40_000,
+        "lane": 1_023, "sequence": 7, "shards": ["s1"], "in_transit": [], "version": document["version"],
+    }  # fmt: skip
+    told = call("route", "--id", timed, **environment).ok().out
+    assert "slot 40000, lane 1023, sequence 7" in told
+    assert "Its row is on shard s1." in told
+    counted = call("route", "--id", str(ids.counted_id(12, 5)), "--json", **environment).ok().document
+    assert (counted["layout"], counted["counter"], counted["slot"]) == ("counted", 12, 5)
+    carried = call("route", "--id", str(ids.uuid_id(0, 1, 9)), "--json", **environment).ok().document
+    assert (carried["layout"], carried["time"], carried["slot"]) == ("uuid", "1970-01-01T00:00:00.000Z", 9)
+    for wrong in ("-5", "x", str(2**63), "00112233-4455-4677-8899-aabbccddeeff"):
+        assert "no id that carries a slot" in call("route", "--id", wrong, **environment).failed(2).err
 
 
 def test_what_each_command_prints(catalog: str, call: Program, make_shards: MakeShards) -> None:
