@@ -8,6 +8,7 @@ from shardkit.core.errors import ShardkitError
 from shardkit.core.ring import HashRing, Ring, position
 from shardkit.orm.cluster import ShardCluster, connect
 from shardkit.orm.declare import sharded
+from shardkit.orm.places import home, reference
 from shardkit.orm.session import ShardAsyncSession, ShardSession
 
 __version__ = "0.1.0"
@@ -21,6 +22,8 @@ __all__ = [
     "ShardkitError",
     "connect",
     "errors",
+    "home",
     "position",
+    "reference",
     "sharded",
 ]

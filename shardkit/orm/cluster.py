@@ -31,8 +31,9 @@ from shardkit.storage.scope import Mode
 from shardkit.storage.topologies import read_copy, read_current
 from shardkit.storage.urls import sqlalchemy_url
 
-from .declare import Problem, problems, sharded_table, sharded_tables
+from .declare import problems, sharded_table, sharded_tables
 from .declared import declares
+from .places import Problem
 from .routing import Planner
 from .session import ShardAsyncSession, ShardSession
 

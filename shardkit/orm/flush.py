@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import inspect
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, Topology
 
 from .declared import declared_of
 from .keys import fill_default_key, instance_position, mapped_key
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Mapped:
     """What a flush must know of a mapped class: its tables, its key, and the relationships that set the key."""
 
-    tables: tuple[ShardedTable, ...]
+    tables: tuple[DeclaredTable, ...]
     key: str
     parents: tuple[str, ...]
 
@@ -64,7 +64,7 @@ class _Several:
 def provision_flush(session: ShardSession) -> None:
     """Give new instances their default keys and hold every shard that is known to be written."""
     positions: set[int] = set()
-    tables: set[ShardedTable] = set()
+    tables: set[DeclaredTable] = set()
     for instance, facts in _to_be_written(session):
         positions.add(instance_position(instance))
         tables.update(facts.tables)

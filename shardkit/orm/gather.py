@@ -40,7 +40,16 @@ class Interleaved:
         return merged(results, gather, self)
 
 
-def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved) -> Result[Any]:
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Every shard did the same (`orm.replicated`): the result of the first."""
+
+    def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
+        """As `merge.Merge` has it."""
+        return merged(results, gather, self)
+
+
+def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved | Same) -> Result[Any]:
     """One result from the results by shard id (at least one), each unread."""
     first, *others = results.values()
     if not getattr(first, "returns_rows", True):
@@ -49,6 +58,8 @@ def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved) -> Result
     rows = {shard_id: _rows(one.data, one._source_supports_scalars) for shard_id, one in frozen.items()}
     if isinstance(merge, Interleaved):
         put_together = _interleaved(rows, merge)
+    elif isinstance(merge, Same):
+        put_together = next(iter(rows.values()))
     else:
         put_together = [row for of_shard in rows.values() for row in of_shard]
     return next(iter(frozen.values())).with_new_rows(put_together)()

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from shardkit.core.errors import UnroutableQuery, UsageError
 from shardkit.core.ring import position
-from shardkit.core.topology import ShardedTable
+from shardkit.core.topology import DeclaredTable
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
@@ -94,7 +94,7 @@ class ShardSession(Session):
             writes=plan.writes,
         )
 
-    def provision_position(self, at: int, tables: tuple[ShardedTable, ...] = ()) -> Connection:
+    def provision_position(self, at: int, tables: tuple[DeclaredTable, ...] = ()) -> Connection:
         """The connection to the shard that owns a position, behind its fence."""
         shards = self.shards
         (shard_id,) = shards.provision(
