@@ -54,6 +54,11 @@ class ShardedTable:
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
 
+    @property
+    def description(self) -> str:
+        """How it is declared, for people."""
+        return f"sharded by {self.key} ({self.key_type})"
+
 
 @dataclass(frozen=True, slots=True)
 class ReferenceTable:
@@ -64,6 +69,11 @@ class ReferenceTable:
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
+
+    @property
+    def description(self) -> str:
+        """How it is declared, for people."""
+        return "a reference table"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,11 @@ class HomeTable:
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
+
+    @property
+    def description(self) -> str:
+        """How it is declared, for people."""
+        return f"at home on shard {self.shard}"
 
 
 WholeTable = ReferenceTable | HomeTable

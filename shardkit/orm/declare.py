@@ -8,7 +8,7 @@ for everything that is wrong at once (`problems`). Never touches a database.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -144,6 +144,13 @@ def declared_tables(metadata: MetaData) -> tuple[DeclaredTable, ...]:
     return tuple(
         sorted((table for table in found if table is not None), key=lambda table: (table.schema, table.name))
     )
+
+
+def tables_of_shard(declared: Mapping[Table, DeclaredTable], shard: str) -> list[Table]:
+    """Those of the tables that a shard of this name holds."""
+    return [
+        table for table, found in declared.items() if not isinstance(found, HomeTable) or found.shard == shard
+    ]
 
 
 def sharded_tables(metadata: MetaData) -> tuple[ShardedTable, ...]:

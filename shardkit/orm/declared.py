@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from sqlalchemy import FromClause, Table
 
 from shardkit.core.errors import DeclarationError, UnroutableQuery
-from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Topology
+from shardkit.core.topology import DeclaredTable, Topology
 
 from .declare import declared_table
 
@@ -21,19 +21,10 @@ def declares(topology: Topology, tables: Iterable[DeclaredTable]) -> bool:
             return False
         if known != table:
             raise DeclarationError(
-                f"Table {table} is {described(known)} in this cluster, and {described(table)} in this application.",
+                f"Table {table} is {known.description} in this cluster, and {table.description} in this application.",
                 table=str(table),
             )
     return True
-
-
-def described(table: DeclaredTable) -> str:
-    """How a table is declared, for people."""
-    if isinstance(table, ReferenceTable):
-        return "a reference table"
-    if isinstance(table, HomeTable):
-        return f"at home on shard {table.shard}"
-    return f"sharded by {table.key} ({table.key_type})"
 
 
 def declared_of(table: FromClause) -> DeclaredTable:

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import CursorResult
 from sqlalchemy.engine import Result
 
-from shardkit.core.errors import UnroutableQuery
+from shardkit.core.errors import ReferenceDiffers, UnroutableQuery
 
 from .merge import Finish
 from .merged import merged
@@ -59,7 +59,7 @@ def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved | Same) ->
     if isinstance(merge, Interleaved):
         put_together = _interleaved(rows, merge)
     elif isinstance(merge, Same):
-        put_together = next(iter(rows.values()))
+        put_together = _same(rows)
     else:
         put_together = [row for of_shard in rows.values() for row in of_shard]
     return next(iter(frozen.values())).with_new_rows(put_together)()
@@ -67,6 +67,13 @@ def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved | Same) ->
 
 def _rows(data: Sequence[Any], scalars: bool) -> list[Any]:
     return [(value,) for value in data] if scalars else list(data)
+
+
+def _same(rows: dict[int, list[Any]]) -> list[Any]:
+    numbers = {shard_id: len(of_shard) for shard_id, of_shard in rows.items()}
+    if len(set(numbers.values())) > 1:
+        raise ReferenceDiffers(f"Shards returned different numbers of rows: {numbers}.", rows=numbers)
+    return next(iter(rows.values()))
 
 
 def _interleaved(rows: dict[int, list[Any]], merge: Interleaved) -> list[Any]:

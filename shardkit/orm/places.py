@@ -6,7 +6,6 @@ reference table differ from shard to shard. Driven by `orm.declare`. Never touch
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from sqlalchemy.sql.elements import ColumnElement, False_, Null, TextClause, Tru
 
 from shardkit.core.errors import DeclarationError
 from shardkit.core.topology import SHARD_NAME, HomeTable, ReferenceTable, WholeTable
+from shardkit.storage import tables
 
 INFO = "shardkit"
 """The entry of ``Table.info``: ``{"sharded_by": "<column name>"}``, ``{"reference": True}`` or ``{"home": "<shard
@@ -25,11 +25,6 @@ DEFAULT_SCHEMA = "public"
 """Where a table without a schema is taken to be."""
 
 T = TypeVar("T")
-
-CONSTANT = re.compile(r"[-+]?\d+(\.\d*)?|TRUE|FALSE|NULL|E?'([^'\\]|'')*'|ARRAY\[\]|'\{\}'", re.IGNORECASE)
-_CAST = re.compile(r"::[\w \"\.\[\]\(\),]+$")
-# PostgreSQL's own words in the input of dates and times.
-_MOMENTS = re.compile(r"'\s*(now|today|tomorrow|yesterday|allballs)\s*'", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +156,7 @@ def is_constant(default: Any) -> bool:
     if isinstance(default, True_ | False_ | Null):
         return True
     if isinstance(default, TextClause):
-        return is_constant_text(default.text)
+        return tables.is_constant(default.text)
     if isinstance(default, ColumnElement):
         return False
-    return isinstance(default, str) and not _MOMENTS.fullmatch(f"'{default}'")
-
-
-def is_constant_text(text: str) -> bool:
-    """The same for SQL."""
-    bare = text.strip()
-    while (stripped := _CAST.sub("", bare).strip()) != bare:
-        bare = stripped
-    return bool(CONSTANT.fullmatch(bare)) and not _MOMENTS.fullmatch(bare)
+    return isinstance(default, str) and tables.is_constant("'{}'".format(default.replace("'", "''")))

@@ -22,12 +22,13 @@ from shardkit.core.topology import DeclaredTable
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
-from . import bulk
+from . import bulk, replicated
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
 from .keys import instance_position
 from .routing import Plan, Route
 from .transaction import ShardTransaction
+from .whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from .cluster import ShardCluster
@@ -87,6 +88,8 @@ class ShardSession(Session):
 
     def provision(self, plan: Plan) -> Route:
         """Hold every shard of a planned statement; where it runs."""
+        if isinstance(plan, EveryShardPlan):
+            replicated.admit(self.mode, plan.target)
         shards = self.shards
         return shards.provision(
             lambda topology: plan.route(topology, prefer=shards.scope.participants),
@@ -189,9 +192,11 @@ class ShardSession(Session):
         """For a flush: the connection of each instance. SQLAlchemy's bulk operations want none, on a pinned shard."""
         return None if self._pinned is not None else self._connection_for_instance
 
-    def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
-        at = instance_position(instance)
-        return self.provision_position(at, mapped(inspect(instance).mapper).tables)
+    def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Any:
+        facts = mapped(inspect(instance).mapper)
+        if facts.key is None:  # a reference or home table: the statement itself says where it runs
+            return self._everywhere.dispatch
+        return self.provision_position(instance_position(instance), facts.tables)
 
     @contextmanager
     def pinned(self, engine: Engine) -> Iterator[None]:

@@ -56,6 +56,8 @@ class ShardTransaction:
         self._opened: dict[int, Connection] = {}
         self.scope = Scope(session.mode)
         self.topology: Topology | None = None
+        self.locked: set[tuple[int, DeclaredTable]] = set()
+        """Shards and reference tables of which this transaction is the only writer to its end."""
         self.options: Mapping[str, Any] | None = None
         """Execution options for the connections that are opened next."""
 

@@ -36,12 +36,12 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
 import shardkit
 from shardkit.core.errors import DeclarationError, UnroutableQuery
 from shardkit.core.topology import HomeTable, ReferenceTable, ShardedTable, Topology
-from shardkit.orm import places
 from shardkit.orm.declare import declared_table, declared_tables, problems
 from shardkit.orm.plan import AnyShardPlan, OneKeyPlan
 from shardkit.orm.routing import Planner
 from shardkit.orm.statements import PullPlan, ReadingPlan, WritingPlan
 from shardkit.orm.whole import EveryShardPlan, FirstShardPlan, HomePlan
+from shardkit.storage import tables
 from tests.routed import thirds
 
 dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]
@@ -176,7 +176,7 @@ def test_constants_and_python_defaults_are_the_same_everywhere(column: Column[An
     ["now()", "1 + random()", "nextval('s'::regclass)", "'a' || now()", "CURRENT_TIMESTAMP", "x()::text"],
 )
 def test_what_is_no_constant(sql: str) -> None:
-    assert not places.is_constant_text(sql)
+    assert not tables.is_constant(sql)
 
 
 SHARDED: Any = {"shardkit": {"sharded_by": "k"}}
