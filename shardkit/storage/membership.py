@@ -65,10 +65,20 @@ def check_join(
     return _joined(current, catalog.next_version(), name, without_password(url), weight)
 
 
-def join(catalog: Catalog, shards: ShardConnections, *, name: str, url: str, weight: int = 100) -> Topology:
+def join(
+    catalog: Catalog,
+    shards: ShardConnections,
+    *,
+    name: str,
+    url: str,
+    weight: int = 100,
+    patience: float = 60.0,
+) -> Topology:
     """A database becomes a shard that owns nothing yet; the first one owns everything.
 
-    The caller holds the lease. Can be run again after it was interrupted. What `check_join` refuses changes nothing.
+    It holds the rows of the reference tables before it is one. The caller holds the lease. Can be run again after it
+    was interrupted. What `check_join` refuses changes nothing. ``patience`` is how long, in seconds, it waits for the
+    transactions that may write reference tables without it; then `MoveWaiting`, and nothing has changed.
     """
     change.settle(catalog, shards)
     url = without_password(url)
@@ -93,6 +103,7 @@ def join(catalog: Catalog, shards: ShardConnections, *, name: str, url: str, wei
             shards,
             lambda now, version: _joined(now, version, name, url, weight),
             while_closed=copy_rest,
+            patience=patience,
         )
     change.drain(catalog, shards)
     return topology
