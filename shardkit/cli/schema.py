@@ -105,10 +105,13 @@ def _show(topology: Topology, before: Topology, todo: str | None, as_json: bool)
 
     def draw(console: Console) -> None:
         rows = [
-            [f"{e['schema']}.{e['name']}", e["kind"], e["key"] or e["home"], e["key_type"], e["new"]]
-            for e in entries
+            [f"{e['schema']}.{e['name']}", e["key"] or _place(e), e["key_type"], e["new"]] for e in entries
         ]
-        console.print(table(("table", "kind", "by", "type", "new"), rows))
+        console.print(table(("table", "key", "type", "new"), rows))
         next_step(console, todo)
 
     show({"version": topology.version, "tables": entries, "next": todo}, as_json, draw)
+
+
+def _place(entry: dict[str, Any]) -> str:
+    return f"home {entry['home']}" if entry["home"] else "reference"
