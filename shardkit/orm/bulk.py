@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Executable
 from sqlalchemy.engine import Result
 
+from shardkit.core.errors import ReferenceDiffers
+
 from . import replicated
 from .gather import Interleaved, Rows, Same, gather
 from .whole import EveryShardPlan
@@ -52,4 +54,8 @@ def execute(
     if route.merge is None or not statement._returning:  # type: ignore[attr-defined]
         return first
     assert isinstance(route.merge, Rows | Interleaved | Same)
-    return gather(results, route.merge)
+    try:
+        return gather(results, route.merge)
+    except ReferenceDiffers:
+        replicated.fail(session, next(iter(route.shards)))
+        raise

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 from sqlalchemy import CursorResult
+from sqlalchemy.exc import DBAPIError
 
 from shardkit.core.errors import CrossShardWrite, ReferenceDiffers, UnroutableQuery
 from shardkit.core.topology import DeclaredTable, ReferenceTable
@@ -23,6 +24,11 @@ from .routing import Parameters, Route
 
 if TYPE_CHECKING:
     from .session import ShardSession
+
+
+_FAIL = (
+    "DO $$BEGIN RAISE 'shardkit: a write of a reference table did not come out the same on all shards'; END$$"
+)
 
 
 def admit(mode: Mode, tables: Collection[ReferenceTable]) -> None:
@@ -77,12 +83,22 @@ def execute(
             first, rows = result, found
         elif len(found) != len(rows) or result.rowcount != first.rowcount:
             listed = ", ".join(map(str, tables))
+            fail(session, shard_id)
             raise ReferenceDiffers(
                 f"A write of {listed} met {first.rowcount} rows on one shard and {result.rowcount} on another.",
                 tables=listed,
             )
     assert first is not None
     return first._rewind(rows) if first.returns_rows else first
+
+
+def fail(session: ShardSession, shard_id: int) -> None:
+    """Make the transaction on a shard fail, as an error of the server would: nothing of it can be committed then,
+    unless a savepoint is rolled back that was made before."""
+    try:
+        session.shards.connection(shard_id).exec_driver_sql(_FAIL)
+    except DBAPIError:
+        return
 
 
 def with_defaults(parameters: Parameters, first: CursorResult[Any]) -> Parameters:

@@ -22,7 +22,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -302,6 +302,52 @@ async def test_shards_that_differ_are_found_by_a_write(app: Application, shards:
     shards.admin("s2").execute("DELETE FROM public.\"Country 100%\" WHERE code = 'fr'")
     with pytest.raises(ReferenceDiffers, match="2 rows on one shard and 1 on another"):
         await app.work(lambda session: session.execute(update(Country).values(rank=1)))
+    assert {row[3] for row in shards.query("s0", COUNTRIES)} == {7}
+
+
+@pytest.mark.parametrize("swallowed", ["foreign key", "difference", "difference of a bulk insert"])
+async def test_after_an_error_on_one_shard_nothing_is_committed(
+    app: Application, shards: ShardedCluster, swallowed: str
+) -> None:
+    """Also what had come out the same on every shard before: one database would not commit it either."""
+    keys = await fill(app, shards)
+    await app.work(lambda session: session.execute(delete(Person).where(Person.id != keys[1])))
+    before = everywhere(shards)
+    if swallowed != "foreign key":
+        shards.admin("s2").execute("DELETE FROM public.\"Country 100%\" WHERE code = 'fr'")
+
+    def failing(session: Session) -> None:
+        session.execute(insert(Country).values(code="new"))
+        if swallowed == "foreign key":
+            with pytest.raises(IntegrityError):  # on s1 alone is a person of it
+                session.execute(delete(Country).where(Country.code == "de"))
+        elif swallowed == "difference":
+            with pytest.raises(ReferenceDiffers):
+                session.execute(update(Country).values(rank=1))
+        else:
+            with pytest.raises(ReferenceDiffers):
+                session.execute(
+                    upsert(Country).on_conflict_do_nothing().returning(Country.code),
+                    [{"code": "fr"}, {"code": "it"}],
+                )
+
+    with pytest.raises(DBAPIError, match="nothing is committed"):
+        await app.work(failing)
+    assert shards.query("s0", COUNTRIES) == shards.query("s1", COUNTRIES) == before
+
+    def undone(session: Session) -> None:
+        session.execute(insert(Country).values(code="new"))
+        nested = session.begin_nested()
+        statement: Any = update(Country).values(rank=1)
+        if swallowed == "foreign key":
+            session.execute(statement)
+            statement = delete(Country).where(Country.code == "de")
+        with pytest.raises((IntegrityError, ReferenceDiffers)):
+            session.execute(statement)
+        nested.rollback()
+
+    await app.work(undone)
+    assert len(shards.query("s0", COUNTRIES)) == 3
     assert {row[3] for row in shards.query("s0", COUNTRIES)} == {7}
 
 
