@@ -10,6 +10,7 @@ from shardkit.orm.cluster import ShardCluster, connect
 from shardkit.orm.declare import sharded
 from shardkit.orm.explaining import Explanation, explain
 from shardkit.orm.ids import lease_ids, slot_id
+from shardkit.orm.places import home, reference
 from shardkit.orm.scatterpolicy import ScatterWarning
 from shardkit.orm.session import ShardAsyncSession, ShardSession
 
@@ -27,8 +28,10 @@ __all__ = [
     "connect",
     "errors",
     "explain",
+    "home",
     "lease_ids",
     "position",
+    "reference",
     "sharded",
     "slot_id",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,10 +12,10 @@ import psycopg
 from shardkit.core.errors import ShardUnreachable
 from shardkit.core.move import FINAL
 from shardkit.core.placement import plan
-from shardkit.core.topology import Shard, Topology
+from shardkit.core.topology import HomeTable, ReferenceTable, Shard, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import fence, migrate, tables
+from shardkit.storage import fence, migrate, references, tables
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
@@ -24,6 +24,7 @@ from . import jobs
 from .leftovers import leftovers
 from .output import count
 from .reach import reach
+from .sameness import differing
 
 CATALOG = "catalog"
 RESUME = "`shardkit rebalance resume` settles it."
@@ -104,6 +105,10 @@ def examine(catalog_url: str) -> list[Finding]:
                     continue
                 view = View(catalog, topology, shard, connection, answering[0], running, at_work)
                 findings += _examine_shard(view)
+            there = {
+                number: each for number, each in reached.items() if not isinstance(each, ShardUnreachable)
+            }
+            findings += _references(topology, there)
         return findings
 
 
@@ -168,13 +173,37 @@ def _job(catalog: Catalog) -> Finding:
 
 
 def _declared(topology: Topology) -> Iterator[Finding]:
-    if not topology.tables:
+    if not topology.declared_tables:
         yield Finding(
             CATALOG,
             "tables",
             Level.NOTE,
-            "no table is declared as sharded",
+            "no table is declared",
             "`shardkit schema declare MODULE:ATTR` declares them.",
+        )
+
+
+def _references(topology: Topology, connections: Mapping[int, Connection]) -> Iterator[Finding]:
+    """Whether the reference tables hold the same rows on all shards that answer."""
+    for table in topology.references:
+        try:
+            found = differing(topology, connections, table)
+        except psycopg.Error as error:
+            text = error.diag.message_primary or " ".join(str(error).split())
+            yield Finding(
+                CATALOG, "references", Level.PROBLEM, f"{table}: {text}", "Look at the table there."
+            )
+            continue
+        if not found:
+            yield Finding(CATALOG, "references", Level.OK, f"{table} is the same on every shard that answers")
+            continue
+        listed = ", ".join(f"{name}: {each.rows:,} rows" if each else name for name, each in found.items())
+        yield Finding(
+            CATALOG,
+            "references",
+            Level.PROBLEM,
+            f"the rows of {table} differ ({listed})",
+            "Find the shard that is right, and make the rows of the others equal, in one transaction each.",
         )
 
 
@@ -305,17 +334,34 @@ def _leftovers(view: View) -> Iterator[Finding]:
 
 
 def _tables(view: View) -> Iterator[Finding]:
-    for table in view.topology.tables:
+    for table in view.topology.declared_tables.values():
+        if isinstance(table, HomeTable):
+            yield from _home_table(view, table)
+            continue
         here = tables.describe(view.connection, table)
         pattern = here if view.connection is view.pattern else tables.describe(view.pattern, table)
-        wrong = tables.key_problems(table, here)
+        if isinstance(table, ReferenceTable):
+            wrong = references.problems(table, here)
+        else:
+            wrong = tables.key_problems(table, here)
         if here is not None and pattern is not None:
             wrong += tables.differences(table, pattern, here)
         if wrong:
             todo = "Make the table as it is on the other shards, with the migrations or the models that made those."
             yield view.problem("tables", "; ".join(wrong), todo)
         else:
-            yield view.ok("tables", f"{table} by {table.key} ({table.key_type})")
+            yield view.ok("tables", f"{table} {table.description}")
+
+
+def _home_table(view: View, table: HomeTable) -> Iterator[Finding]:
+    if table.shard != view.shard.name:
+        return
+    if tables.describe(view.connection, table) is None:
+        yield view.problem(
+            "tables", f"table {table} does not exist", "Restore it: its rows are at home here."
+        )
+    else:
+        yield view.ok("tables", f"{table} {table.description}")
 
 
 CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from shardkit.core.errors import Refused, UsageError
-from shardkit.orm.declare import sharded_table
+from shardkit.orm.declare import declared_table, tables_of_shard
 from shardkit.storage.connections import Connection
 from shardkit.storage.urls import redacted, sqlalchemy_url
 
@@ -51,14 +51,16 @@ def load(name: str) -> MetaData:
 
 
 class Provisional:
-    """Sharded tables of a MetaData, made where they are missing, in open transactions.
+    """Declared tables of a MetaData, made where they are missing, in open transactions.
 
     A context manager: what `commit` has not made last is rolled back at the end.
     """
 
     def __init__(self, metadata: MetaData) -> None:
         self._metadata = metadata
-        self._tables = [table for table in metadata.sorted_tables if sharded_table(table) is not None]
+        self._tables = {
+            table: found for table in metadata.sorted_tables if (found := declared_table(table)) is not None
+        }
         self._ends = ExitStack()
         self._transactions: list[RootTransaction] = []
 
@@ -68,8 +70,8 @@ class Provisional:
     def __exit__(self, *exc: object) -> None:
         self._ends.close()
 
-    def create(self, url: str) -> Connection:
-        """Make the missing tables in a database; a connection that sees them."""
+    def create(self, url: str, shard: str) -> Connection:
+        """Make the missing tables of a shard in its database; a connection that sees them."""
         engine = create_engine(
             sqlalchemy_url(url),
             poolclass=NullPool,
@@ -80,7 +82,7 @@ class Provisional:
         # An application's transactions must not queue long behind a foreign key to a table of theirs.
         connection.execute(text("SET LOCAL lock_timeout = '2s'"))
         try:
-            self._metadata.create_all(connection, tables=self._tables)
+            self._metadata.create_all(connection, tables=tables_of_shard(self._tables, shard))
         except DBAPIError as error:
             if isinstance(error.orig, psycopg.OperationalError):
                 raise  # a lock, or the connection: nothing about the tables

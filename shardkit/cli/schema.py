@@ -1,4 +1,4 @@
-"""`shardkit schema declare`: which tables are sharded."""
+"""`shardkit schema declare`: which tables are sharded, reference or home tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 from sqlalchemy import MetaData
 
 from shardkit.core.errors import JobRunning, NotInitialised, UsageError
-from shardkit.core.topology import ShardedTable, Topology
-from shardkit.orm.declare import problems, sharded_tables
+from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
+from shardkit.orm.declare import declared_tables, problems
 from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
@@ -21,6 +21,8 @@ from .models import METAVAR, Provisional, load
 from .options import AsJson, CatalogUrl
 from .output import narrate, next_step, show, table
 from .reach import Lent
+
+_KINDS = {ShardedTable: "sharded", ReferenceTable: "reference", HomeTable: "home"}
 
 Models = Annotated[
     str,
@@ -36,22 +38,23 @@ Create = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    group = typer.Typer(help="Which tables are sharded.", no_args_is_help=True)
+    group = typer.Typer(help="Which tables are where.", no_args_is_help=True)
     group.command("declare")(declare)
     app.add_typer(group, name="schema")
 
 
 def declare(models: Models, catalog: CatalogUrl, create: Create = False, as_json: AsJson = False) -> None:
-    """Declare the sharded tables of the application's models to the cluster.
+    """Declare the tables of the application's models to the cluster: sharded, reference and home tables.
 
-    The tables must exist, alike, on every shard, and be empty where there is more than one. What is declared already
-    stays as it is.
+    Sharded tables must exist, alike, on every shard, and be empty where there is more than one; reference tables must
+    hold the same rows on every shard. What is declared already stays as it is.
     """
     metadata = load(models)
-    wanted = sharded_tables(metadata)
+    wanted = declared_tables(metadata)
     if not wanted:
         raise UsageError(
-            f"No table of {models} is declared as sharded.", hint='Put @sharded(by="...") above the models.'
+            f"No table of {models} is declared as sharded, reference or home table.",
+            hint='Put @sharded(by="..."), @reference or @home("...") above the models.',
         )
     for problem in problems(metadata):
         narrate(f"note: {problem}")
@@ -70,16 +73,18 @@ def declare(models: Models, catalog: CatalogUrl, create: Create = False, as_json
     _show(topology, before, todo, as_json)
 
 
-def _create(catalog: Catalog, topology: Topology, metadata: MetaData, wanted: Iterable[ShardedTable]) -> None:
+def _create(
+    catalog: Catalog, topology: Topology, metadata: MetaData, wanted: Iterable[DeclaredTable]
+) -> None:
     """Make the missing tables on all shards, or on none."""
     if catalog.running_job() is not None:
         raise JobRunning
-    new = [each for each in wanted if (each.schema, each.name) not in topology.by_table]
+    new = [each for each in wanted if (each.schema, each.name) not in topology.declared_tables]
     with Lent("shardkit create") as shards, Provisional(metadata) as provisional:
         for shard in topology.shards:
             shards.get(shard)
         for shard in topology.shards:
-            shards.lend(shard.id, provisional.create(shard.url))
+            shards.lend(shard.id, provisional.create(shard.url, shard.name))
         membership.check_declared(topology, shards, new)
         provisional.commit()
 
@@ -89,16 +94,24 @@ def _show(topology: Topology, before: Topology, todo: str | None, as_json: bool)
         {
             "schema": each.schema,
             "name": each.name,
-            "key": each.key,
-            "key_type": each.key_type,
-            "new": (each.schema, each.name) not in before.by_table,
+            "kind": _KINDS[type(each)],
+            "key": each.key if isinstance(each, ShardedTable) else None,
+            "key_type": each.key_type if isinstance(each, ShardedTable) else None,
+            "home": each.shard if isinstance(each, HomeTable) else None,
+            "new": (each.schema, each.name) not in before.declared_tables,
         }
-        for each in topology.tables
+        for each in topology.declared_tables.values()
     ]
 
     def draw(console: Console) -> None:
-        rows = [[f"{e['schema']}.{e['name']}", e["key"], e["key_type"], e["new"]] for e in entries]
+        rows = [
+            [f"{e['schema']}.{e['name']}", e["key"] or _place(e), e["key_type"], e["new"]] for e in entries
+        ]
         console.print(table(("table", "key", "type", "new"), rows))
         next_step(console, todo)
 
     show({"version": topology.version, "tables": entries, "next": todo}, as_json, draw)
+
+
+def _place(entry: dict[str, Any]) -> str:
+    return f"home {entry['home']}" if entry["home"] else "reference"

@@ -71,7 +71,7 @@ Models = Annotated[
         "--models",
         metavar=METAVAR,
         envvar="SHARDKIT_MODELS",
-        help="Create the missing sharded tables of these models there first.",
+        help="Create the missing tables of these models there first.",
     ),
 ]
 PlanOnly = Annotated[
@@ -183,7 +183,7 @@ def _tables_of(newcomer: Newcomer) -> Iterator[tuple[Connection, Provisional | N
             yield connection, None
             return
         with Provisional(newcomer.metadata) as provisional:
-            yield provisional.create(newcomer.url), provisional
+            yield provisional.create(newcomer.url, newcomer.name), provisional
 
 
 def _join(catalog: Catalog, newcomer: Newcomer) -> None:

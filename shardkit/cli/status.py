@@ -58,6 +58,14 @@ def look(catalog: str) -> dict[str, Any]:
                 {"schema": each.schema, "name": each.name, "key": each.key, "key_type": each.key_type}
                 for each in (topology.tables if topology is not None else ())
             ],
+            "references": [
+                {"schema": each.schema, "name": each.name}
+                for each in (topology.references if topology is not None else ())
+            ],
+            "homes": [
+                {"schema": each.schema, "name": each.name, "shard": each.shard}
+                for each in (topology.homes if topology is not None else ())
+            ],
             "job": jobs.describe(opened, job) if job is not None else None,
             "next": jobs.next_step(opened, topology),
         }
@@ -121,6 +129,12 @@ def _draw(console: Console, document: dict[str, Any]) -> None:
         f"{t['schema']}.{t['name']} by {t['key']} ({t['key_type']})" for t in document["tables"]
     )
     console.print(f"Sharded tables: {listed or 'none'}", soft_wrap=True)
+    references = ", ".join(f"{t['schema']}.{t['name']}" for t in document["references"])
+    if references:
+        console.print(f"Reference tables: {references}", soft_wrap=True)
+    homes = ", ".join(f"{t['schema']}.{t['name']} on {t['shard']}" for t in document["homes"])
+    if homes:
+        console.print(f"Home tables: {homes}", soft_wrap=True)
     if document["job"] is not None:
         jobs.draw(console, document["job"])
     next_step(console, document["next"])

@@ -301,6 +301,13 @@ class IdentityConflict(Refused):
     """
 
 
+class ReferenceDiffers(Refused):
+    """A reference table is not the same on all shards.
+
+    `shardkit doctor` names the tables and shards that differ; make the rows equal there, then try again.
+    """
+
+
 class MoveTableError(Refused):
     """This event cannot happen in this phase of a move.
 

@@ -54,6 +54,48 @@ class ShardedTable:
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
 
+    @property
+    def description(self) -> str:
+        """How it is declared, for people."""
+        return f"sharded by {self.key} ({self.key_type})"
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceTable:
+    """A table that every shard holds whole: its schema and name."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def description(self) -> str:
+        """How it is declared, for people."""
+        return "a reference table"
+
+
+@dataclass(frozen=True, slots=True)
+class HomeTable:
+    """A table that one shard holds whole: its schema, its name, and the name of the shard."""
+
+    schema: str
+    name: str
+    shard: str
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+    @property
+    def description(self) -> str:
+        """How it is declared, for people."""
+        return f"at home on shard {self.shard}"
+
+
+WholeTable = ReferenceTable | HomeTable
+DeclaredTable = ShardedTable | WholeTable
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -76,7 +118,8 @@ class Topology:
 
     ``tokens`` are strictly increasing positions, the last one the largest position, so that no arc wraps round;
     ``owners[i]`` is the id of the shard that owns the positions after ``tokens[i - 1]`` up to ``tokens[i]``.
-    ``tables`` are the sharded tables: what a move carries.
+    ``tables`` are the sharded tables: what a move carries. ``whole`` are the reference and home tables, which no move
+    carries.
     """
 
     version: int
@@ -84,6 +127,7 @@ class Topology:
     tokens: tuple[int, ...]
     owners: tuple[int, ...]
     tables: tuple[ShardedTable, ...] = ()
+    whole: tuple[WholeTable, ...] = ()
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -121,9 +165,11 @@ class Topology:
             return "an owner is no shard"
         if any(shard.in_transit & self.owned(shard.id) for shard in self.shards):
             return "an arc is owned and in transit on one shard"
-        qualified = [(table.schema, table.name) for table in self.tables]
+        qualified = [(table.schema, table.name) for table in (*self.tables, *self.whole)]
         if len(set(qualified)) < len(qualified):
             return "a table is declared twice"
+        if homeless := [table for table in self.homes if table.shard not in names]:
+            return f"the home of table {homeless[0]} is no shard"
         return None
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -142,6 +188,21 @@ class Topology:
     def by_table(self) -> Mapping[tuple[str, str], ShardedTable]:
         """Sharded tables by (schema, name)."""
         return {(table.schema, table.name): table for table in self.tables}
+
+    @cached_property
+    def declared_tables(self) -> Mapping[tuple[str, str], DeclaredTable]:
+        """All tables by (schema, name): sharded, reference and home."""
+        return {**self.by_table, **{(table.schema, table.name): table for table in self.whole}}
+
+    @cached_property
+    def references(self) -> tuple[ReferenceTable, ...]:
+        """The reference tables."""
+        return tuple(table for table in self.whole if isinstance(table, ReferenceTable))
+
+    @cached_property
+    def homes(self) -> tuple[HomeTable, ...]:
+        """The home tables."""
+        return tuple(table for table in self.whole if isinstance(table, HomeTable))
 
     @cached_property
     def _arcs(self) -> Mapping[int, ArcSet]:
@@ -163,13 +224,19 @@ class Topology:
 
     def closing_since(self, before: Topology | None) -> tuple[int, ...]:
         """Ids of the shards to which this change takes something away or adds a mark: transactions that began there
-        under ``before`` must end first. The other changed shards only gain."""
+        under ``before`` must end first. The other changed shards only gain.
+
+        Who writes reference tables writes the shard with the lowest id first. Where a shard joins, that one closes:
+        then nobody is left who would write them without the newcomer."""
         if before is None:
             return ()
+        joined = before.references and not self.by_id.keys() <= before.by_id.keys()
+        first = min(before.by_id)
         return tuple(
             shard.id
             for shard in before.shards
             if shard.id not in self.by_id
+            or (joined and shard.id == first)
             or before.owned(shard.id) - self.owned(shard.id)
             or self.by_id[shard.id].in_transit - shard.in_transit
         )
@@ -270,15 +337,25 @@ class Topology:
         )
         return self._next(version, [source, target], shards=shards, tokens=tokens, owners=owners)
 
-    def declared(self, version: int, tables: Iterable[ShardedTable]) -> Self:
-        """The sharded tables are these. No fence changes: no row changes its shard."""
-        ordered = tuple(sorted(tables, key=lambda table: (table.schema, table.name)))
-        return self._next(version, [], tables=ordered)
+    def declared(self, version: int, tables: Iterable[DeclaredTable]) -> Self:
+        """The tables are these. No fence changes: no row changes its shard."""
+        ordered = sorted(tables, key=lambda table: (table.schema, table.name))
+        return self._next(
+            version,
+            [],
+            tables=tuple(table for table in ordered if isinstance(table, ShardedTable)),
+            whole=tuple(table for table in ordered if not isinstance(table, ShardedTable)),
+        )
 
     # --- JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The topology as JSON values; `from_json` is the exact inverse."""
+        """The topology as JSON values; `from_json` is the exact inverse.
+
+        What there is none of is left out, so that a topology without reference and home tables is written, and has
+        the digest, as before there were any."""
+        references = [[table.schema, table.name] for table in self.references]
+        homes = [[table.schema, table.name, table.shard] for table in self.homes]
         return {
             "version": self.version,
             "shards": [
@@ -295,6 +372,8 @@ class Topology:
             "tokens": list(self.tokens),
             "owners": list(self.owners),
             "tables": [[t.schema, t.name, t.key, t.key_type] for t in self.tables],
+            **({"references": references} if references else {}),
+            **({"homes": homes} if homes else {}),
         }
 
     @classmethod
@@ -314,7 +393,7 @@ class Topology:
             )
             tables = tuple(_table(*map(text, listed(entry))) for entry in listed(document["tables"]))
             tokens, owners = (tuple(map(whole, listed(document[name]))) for name in ("tokens", "owners"))
-            return cls(whole(document["version"]), shards, tokens, owners, tables)
+            return cls(whole(document["version"]), shards, tokens, owners, tables, _whole_tables(document))
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
 
@@ -327,6 +406,14 @@ def _table(schema: str, name: str, key: str, key_type: str) -> ShardedTable:
     if key_type not in KEY_TYPES:
         raise ValueError(f"no type of key: {key_type!r}")
     return ShardedTable(schema, name, key, key_type)
+
+
+def _whole_tables(document: Mapping[str, Any]) -> tuple[WholeTable, ...]:
+    references = (
+        ReferenceTable(*map(text, listed(entry))) for entry in listed(document.get("references", []))
+    )
+    homes = (HomeTable(*map(text, listed(entry))) for entry in listed(document.get("homes", [])))
+    return tuple(sorted((*references, *homes), key=lambda table: (table.schema, table.name)))
 
 
 def _canonical(document: Mapping[str, Any]) -> str:

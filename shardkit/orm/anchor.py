@@ -26,10 +26,22 @@ def anchored(proofs: list[BlockProof]) -> Node:
         raise Refusal("derived", "no sharded table is in its own FROM, but in subqueries")
     anchor = next((node for node in candidates if isinstance(node.source, Table)), candidates[0])
     for proof in proofs:
+        if proof.references and not proof.nodes:
+            _vet_choice(proof)
         for node in proof.nodes:
             if node is not anchor and all(other is not anchor for other in equal_keys(node)):
                 raise _not_co_located(node, anchor)
     return anchor
+
+
+def _vet_choice(proof: BlockProof) -> None:
+    """`Refusal` if a block over reference tables alone may choose other rows of them on each shard."""
+    for attribute in ("_limit_clause", "_offset_clause", "_fetch_clause", "_distinct_on"):
+        value = getattr(proof.block.statement, attribute, None)
+        if bool(value) if isinstance(value, tuple) else value is not None:
+            raise Refusal(
+                "reference-limit", "LIMIT in a subquery may choose other reference rows on each shard"
+            )
 
 
 def equal_keys(node: Node) -> Iterator[Node]:

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Executable
 from sqlalchemy.engine import Result
 
-from .gather import Interleaved, Rows, gather
+from shardkit.core.errors import ReferenceDiffers
+
+from . import replicated
+from .gather import Interleaved, Rows, Same, gather
+from .whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from .session import ShardSession
@@ -40,6 +44,8 @@ def execute(
         session._autoflush()
     plan = session.cluster.planner.plan(statement, parameters, execution_options)
     route = session.provision(plan)
+    if isinstance(plan, EveryShardPlan):
+        replicated.lock(session, plan.target, route.shards)
     results: dict[int, Result[Any]] = {}
     for shard_id, part in route.shards.items():
         with session.pinned(session.shards.engine(shard_id)):
@@ -47,5 +53,9 @@ def execute(
     first = next(iter(results.values()))
     if route.merge is None or not statement._returning:  # type: ignore[attr-defined]
         return first
-    assert isinstance(route.merge, Rows | Interleaved)
-    return gather(results, route.merge)
+    assert isinstance(route.merge, Rows | Interleaved | Same)
+    try:
+        return gather(results, route.merge)
+    except ReferenceDiffers:
+        replicated.fail(session, next(iter(route.shards)))
+        raise

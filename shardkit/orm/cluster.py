@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from shardkit.core.errors import NotInitialised, ShardkitError, ShardUnreachable, UsageError
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, HomeTable, Topology
 from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections, connect_catalog, value
@@ -32,9 +32,10 @@ from shardkit.storage.scope import Mode
 from shardkit.storage.topologies import read_copy, read_current
 from shardkit.storage.urls import sqlalchemy_url
 
-from .declare import Problem, problems, sharded_table, sharded_tables
+from .declare import declared_table, declared_tables, problems, tables_of_shard
 from .declared import declares
 from .ids import LEASES
+from .places import Problem
 from .routing import Planner
 from .scatterpolicy import Policy
 from .session import ShardAsyncSession, ShardSession
@@ -99,35 +100,38 @@ class ShardCluster:
         return problems(metadata)
 
     def create_all(self, metadata: MetaData, tables: Iterable[Table] | None = None) -> None:
-        """Create the sharded tables that are missing, on every shard, and declare them.
+        """Create the declared tables that are missing, on every shard, home tables on theirs, and declare them.
 
         All of a MetaData, or some of its tables. Raises `DeclarationError` before anything is created,
         `ShardUnreachable`, and what `declare` raises.
         """
         if tables is None:
-            sharded_tables(metadata)
+            declared_tables(metadata)
         chosen = list(metadata.sorted_tables if tables is None else tables)
-        wanted = [table for table in chosen if sharded_table(table) is not None]
+        wanted = {table: found for table in chosen if (found := declared_table(table)) is not None}
         self._refresh()
+        homes = {found.shard for found in wanted.values() if isinstance(found, HomeTable)}
+        for name in sorted(homes):
+            self.topology.named(name)
         for shard in self.topology.shards:
             engine = create_engine(sqlalchemy_url(shard.url), poolclass=NullPool)
             try:
-                metadata.create_all(engine, tables=wanted)
+                metadata.create_all(engine, tables=tables_of_shard(wanted, shard.name))
             except OperationalError as error:
                 raise ShardUnreachable(
                     f"Shard {shard.name} does not answer: {error.orig}".strip(), shard=shard.name
                 ) from error
-        self._declare(tuple(found for table in wanted if (found := sharded_table(table)) is not None))
+        self._declare(tuple(wanted.values()))
 
     def declare(self, metadata: MetaData) -> None:
-        """Declare the sharded tables, which exist on every shard; what is declared already stays as it is.
+        """Declare the tables, which exist where they belong; what is declared already stays as it is.
 
         Raises `DeclarationError`, `PreflightFailed`, `ShardNotEmpty`, and `LeaseHeld` or `JobRunning` while a move is
         at work and there is something new to declare.
         """
-        self._declare(sharded_tables(metadata))
+        self._declare(declared_tables(metadata))
 
-    def _declare(self, tables: tuple[ShardedTable, ...]) -> None:
+    def _declare(self, tables: tuple[DeclaredTable, ...]) -> None:
         with Catalog.open(self.catalog_url) as catalog, ShardConnections("shardkit declare") as shards:
             current = catalog.current()
             if current is not None and declares(current, tables):

@@ -8,8 +8,7 @@ for everything that is wrong at once (`problems`). Never touches a database.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,13 +19,10 @@ from sqlalchemy.exc import CompileError, InvalidRequestError
 from sqlalchemy.types import TypeEngine
 
 from shardkit.core.errors import DeclarationError
-from shardkit.core.topology import KeyType, ShardedTable
+from shardkit.core.topology import DeclaredTable, HomeTable, KeyType, ReferenceTable, ShardedTable
 
-INFO = "shardkit"
-"""The entry of ``Table.info``: ``{"sharded_by": "<column name>"}``."""
-
-DEFAULT_SCHEMA = "public"
-"""Where a table without a schema is taken to be."""
+from . import places
+from .places import DEFAULT_SCHEMA, INFO, Problem, is_whole, local_table
 
 T = TypeVar("T")
 
@@ -47,13 +43,8 @@ def sharded(*, by: str) -> Callable[[type[T]], type[T]]:
     """
 
     def declare(mapped: type[T]) -> type[T]:
-        mapper: Any = mapped.__dict__.get("__mapper__")
-        if mapper is None or not isinstance(mapper.local_table, Table):
-            raise DeclarationError(
-                f"{mapped.__name__} is not mapped to a table.",
-                hint="Put @sharded above a class with a table of its own.",
-            )
-        table: Table = mapper.local_table
+        table = local_table(mapped, "sharded")
+        mapper: Any = mapped.__dict__["__mapper__"]
         table.info[INFO] = {"sharded_by": _mapped_column(mapper, by).name}
         return mapped
 
@@ -81,7 +72,7 @@ def _mapped_column(mapper: Any, by: str) -> Column[Any]:
 
 def is_sharded(table: Table) -> bool:
     """Whether a table is declared as sharded, rightly or not."""
-    return INFO in table.info
+    return INFO in table.info and not is_whole(table)
 
 
 def key_column(table: Table) -> Column[Any]:
@@ -146,27 +137,35 @@ def carries_slot(column: Column[Any]) -> bool:
 # --- all of them ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What about a table cannot work on shards, and what to do. ``fatal`` ones refuse the table; the others are true
-    on one shard only and so weaker than they look."""
-
-    table: str
-    what: str
-    fix: str
-    fatal: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.table}: {self.what}: {self.fix}"
+def declared_table(table: Table) -> DeclaredTable | None:
+    """What a table declares, whichever kind it is of, or None if nothing; `DeclarationError`."""
+    if not is_whole(table):
+        return sharded_table(table)
+    found = list(places.problems_of(table))
+    if any(problem.fatal for problem in found):
+        _raise(found)
+    return places.whole_table(table)
 
 
-def sharded_tables(metadata: MetaData) -> tuple[ShardedTable, ...]:
-    """The sharded tables of a MetaData; `DeclarationError` with every fatal problem of all of them."""
+def declared_tables(metadata: MetaData) -> tuple[DeclaredTable, ...]:
+    """The declared tables of a MetaData; `DeclarationError` with every fatal problem of all of them."""
     _raise(problems(metadata))
-    found = (sharded_table(table) for table in metadata.tables.values())
+    found = (declared_table(table) for table in metadata.tables.values())
     return tuple(
         sorted((table for table in found if table is not None), key=lambda table: (table.schema, table.name))
     )
+
+
+def tables_of_shard(declared: Mapping[Table, DeclaredTable], shard: str) -> list[Table]:
+    """Those of the tables that a shard of this name holds."""
+    return [
+        table for table, found in declared.items() if not isinstance(found, HomeTable) or found.shard == shard
+    ]
+
+
+def sharded_tables(metadata: MetaData) -> tuple[ShardedTable, ...]:
+    """The sharded ones of them."""
+    return tuple(table for table in declared_tables(metadata) if isinstance(table, ShardedTable))
 
 
 def problems(metadata: MetaData) -> list[Problem]:
@@ -178,6 +177,8 @@ def problems(metadata: MetaData) -> list[Problem]:
             found += own
             if not any(problem.fatal for problem in own):
                 found += _unique_problems(table)
+        elif is_whole(table):
+            found += places.problems_of(table)
         found += _foreign_key_problems(table)
     return found
 
@@ -301,16 +302,8 @@ def _foreign_key_problem(table: Table, constraint: ForeignKeyConstraint) -> Prob
         return None
     listed = ", ".join(column.name for column in constraint.columns)
     what = f"the foreign key ({listed}) to {target.fullname}"
-    if not is_sharded(table) and not is_sharded(target):
-        return None
-    if not is_sharded(target):
-        return Problem(
-            table.fullname, f"{what} leaves the shards", f"declare {target.fullname} as sharded too"
-        )
-    if not is_sharded(table):
-        return Problem(
-            table.fullname, f"{what} names rows that are spread", "declare this table as sharded too"
-        )
+    if not is_sharded(table) or not is_sharded(target):
+        return _between_kinds(table, target, constraint, what)
     try:
         own, other = key_column(table), key_column(target)
     except DeclarationError:  # told by _table_problems
@@ -324,3 +317,46 @@ def _foreign_key_problem(table: Table, constraint: ForeignKeyConstraint) -> Prob
     if key_family(own.type) != key_family(other.type):
         return Problem(table.fullname, f"{what} joins shard keys of two types", "use one type for both")
     return None
+
+
+def _between_kinds(
+    table: Table, target: Table, constraint: ForeignKeyConstraint, what: str
+) -> Problem | None:
+    """A foreign key of which one end at least is not sharded: its rows must be on each shard where the other's are."""
+    if places.problem_of_kind(table) or places.problem_of_kind(
+        target
+    ):  # told where the table itself is looked at
+        return None
+    own, other = places.whole_table(table), places.whole_table(target)
+    if isinstance(other, ReferenceTable) and (own is not None or is_sharded(table)):
+        actions = {str(action).upper() for action in (constraint.ondelete, constraint.onupdate) if action}
+        if own is None and not actions <= {"RESTRICT", "NO ACTION"}:
+            return Problem(
+                table.fullname,
+                f"{what}, a reference table, would write rows of keys that are on their way to another shard",
+                "leave out ON DELETE and ON UPDATE, and change these rows by a statement of their own",
+            )
+        return None
+    if isinstance(own, HomeTable) and isinstance(other, HomeTable) and own.shard == other.shard:
+        return None
+    if own is None and other is None and not is_sharded(table) and not is_sharded(target):
+        return None
+    if is_sharded(target):
+        return Problem(
+            table.fullname, f"{what} names rows that are spread", "declare this table as sharded too"
+        )
+    if isinstance(own, HomeTable):
+        return Problem(
+            table.fullname,
+            f"{what} leaves the shard {own.shard}",
+            f"give {target.fullname} the same home, or declare it as a reference table",
+        )
+    if is_sharded(table) or own is not None:
+        return Problem(
+            table.fullname,
+            f"{what} leaves the shards",
+            f"declare {target.fullname} as sharded too, or as a reference table",
+        )
+    return Problem(
+        table.fullname, f"{what} comes from a table whose place is not known", "declare this table too"
+    )

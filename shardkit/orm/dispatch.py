@@ -19,8 +19,9 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
-from . import scatterpolicy
+from . import replicated, scatterpolicy
 from .routing import Parameters, Route, ShardPart
+from .whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
@@ -90,6 +91,8 @@ class Dispatch:
             ((shard_id, part),) = route.shards.items()
             connection = session.shards.connection(shard_id)
             return connection.execute(part.statement, part.parameters, execution_options=options)
+        if isinstance(plan, EveryShardPlan):
+            return replicated.execute(session, plan.target, route, options)
         return self._on_several(route, ShardPart(statement, parameters), options)
 
     def scalar(

@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import inspect
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 
+from . import replicated
 from .carriers import vet_instance
 from .declared import declared_of
 from .ids import leasing
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """What a flush must know of a mapped class: its tables, its key, and the relationships that set the key."""
+    """What a flush must know of a mapped class: its tables, its key (None if they are reference or home tables), and
+    the relationships that set the key."""
 
-    tables: tuple[ShardedTable, ...]
-    key: str
+    tables: tuple[DeclaredTable, ...]
+    key: str | None
     parents: tuple[str, ...]
 
 
@@ -39,7 +41,7 @@ _mapped: WeakKeyDictionary[Mapper[Any], Mapped] = WeakKeyDictionary()
 
 
 def mapped(mapper: Mapper[Any]) -> Mapped:
-    """The facts of a mapped class; `DeclarationError` or `UnroutableQuery` if it is not sharded."""
+    """The facts of a mapped class; `DeclarationError` or `UnroutableQuery` if it is not declared."""
     known = _mapped.get(mapper)
     if known is None:
         known = _mapped[mapper] = _find(mapper)
@@ -48,6 +50,8 @@ def mapped(mapper: Mapper[Any]) -> Mapped:
 
 def _find(mapper: Mapper[Any]) -> Mapped:
     tables = tuple(declared_of(table) for table in mapper.tables)
+    if not any(isinstance(table, ShardedTable) for table in tables):
+        return Mapped(tables, None, ())
     key = mapped_key(mapper)
     parents = tuple(
         relationship.key
@@ -66,25 +70,36 @@ class _Several:
 def provision_flush(session: ShardSession) -> None:
     """Give new instances their default keys and hold every shard that is known to be written."""
     positions: set[int] = set()
-    tables: set[ShardedTable] = set()
+    tables: set[DeclaredTable] = set()
     with leasing(session.cluster.ids):
         for instance, facts in _to_be_written(session):
-            at = instance_position(instance)
-            vet_instance(instance, at)
-            positions.add(at)
+            if facts.key is not None:
+                at = instance_position(instance)
+                vet_instance(instance, at)
+                positions.add(at)
             tables.update(facts.tables)
-    if positions:
+    if not tables:
+        return
+    references = [table for table in tables if isinstance(table, ReferenceTable)]
+    homes = {table.shard for table in tables if isinstance(table, HomeTable)}
+    replicated.admit(session.mode, references)
 
-        def route(topology: Topology) -> _Several:
-            return _Several(frozenset(map(topology.ring.owner_at, positions)))
+    def route(topology: Topology) -> _Several:
+        owners = set(map(topology.ring.owner_at, positions))
+        owners.update(topology.named(name).id for name in homes)
+        return _Several(frozenset(topology.by_id if references else owners))
 
-        session.shards.provision(route, tables=tables, writes=True)
+    shards = session.shards.provision(route, tables=tables, writes=True).shards
+    replicated.lock(session, references, shards)
 
 
 def _to_be_written(session: ShardSession) -> Iterator[tuple[object, Mapped]]:
     for instance in session.new:
         state: InstanceState[Any] = inspect(instance)
         facts = mapped(state.mapper)
+        if facts.key is None:
+            yield instance, facts
+            continue
         if any(state.dict.get(parent) is not None for parent in facts.parents):
             continue
         fill_default_key(instance)

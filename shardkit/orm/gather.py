@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import CursorResult
 from sqlalchemy.engine import Result
 
-from shardkit.core.errors import UnroutableQuery
+from shardkit.core.errors import ReferenceDiffers, UnroutableQuery
 
 from .merge import Finish
 from .merged import merged
@@ -40,7 +40,16 @@ class Interleaved:
         return merged(results, gather, self)
 
 
-def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved) -> Result[Any]:
+@dataclass(frozen=True, slots=True)
+class Same:
+    """Every shard did the same (`orm.replicated`): the result of the first."""
+
+    def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
+        """As `merge.Merge` has it."""
+        return merged(results, gather, self)
+
+
+def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved | Same) -> Result[Any]:
     """One result from the results by shard id (at least one), each unread."""
     first, *others = results.values()
     if not getattr(first, "returns_rows", True):
@@ -49,6 +58,8 @@ def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved) -> Result
     rows = {shard_id: _rows(one.data, one._source_supports_scalars) for shard_id, one in frozen.items()}
     if isinstance(merge, Interleaved):
         put_together = _interleaved(rows, merge)
+    elif isinstance(merge, Same):
+        put_together = _same(rows)
     else:
         put_together = [row for of_shard in rows.values() for row in of_shard]
     return next(iter(frozen.values())).with_new_rows(put_together)()
@@ -56,6 +67,13 @@ def gather(results: dict[int, Result[Any]], merge: Rows | Interleaved) -> Result
 
 def _rows(data: Sequence[Any], scalars: bool) -> list[Any]:
     return [(value,) for value in data] if scalars else list(data)
+
+
+def _same(rows: dict[int, list[Any]]) -> list[Any]:
+    numbers = {shard_id: len(of_shard) for shard_id, of_shard in rows.items()}
+    if len(set(numbers.values())) > 1:
+        raise ReferenceDiffers(f"Shards returned different numbers of rows: {numbers}.", rows=numbers)
+    return next(iter(rows.values()))
 
 
 def _interleaved(rows: dict[int, list[Any]], merge: Interleaved) -> list[Any]:

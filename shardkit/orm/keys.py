@@ -116,9 +116,9 @@ class _NoContext:
 
     def __getattr__(self, name: str) -> Any:
         raise UnroutableQuery(
-            "The default of a shard key looks at the context of its statement, which does not exist before the shard "
+            "The default of a column looks at the context of its statement, which does not exist before the shard "
             "is chosen.",
-            hint="Use a function without a parameter, or give the key.",
+            hint="Use a function without a parameter, or give the value.",
         )
 
 
@@ -129,7 +129,11 @@ def has_default(column: Column[Any]) -> bool:
 
 def default_value(column: Column[Any]) -> Any:
     """The value of a column's Python default, evaluated now."""
-    default: Any = column.default
+    return evaluated(column.default)
+
+
+def evaluated(default: Any) -> Any:
+    """The value of a default or onupdate that Python evaluates."""
     return default.arg(_NoContext()) if default.is_callable else default.arg
 
 

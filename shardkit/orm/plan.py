@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Executable
 
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, Topology
 
 from .gather import Interleaved, Rows
 from .merge import Merge
@@ -43,8 +43,8 @@ class Route(NamedTuple):
 class Plan:
     """One call of one statement, understood.
 
-    ``writes`` says whether it can change rows; ``tables`` are the sharded tables it touches, which the session compares
-    with the topology's.
+    ``writes`` says whether it can change rows; ``tables`` are the declared tables it touches, which the session
+    compares with the topology's.
     """
 
     __slots__ = ("_parameters", "_statement", "tables", "writes")
@@ -57,7 +57,7 @@ class Plan:
     """How the results of several shards become one, for people."""
 
     def __init__(
-        self, statement: Executable, parameters: Parameters, tables: tuple[ShardedTable, ...], writes: bool
+        self, statement: Executable, parameters: Parameters, tables: tuple[DeclaredTable, ...], writes: bool
     ) -> None:
         self._statement = statement
         self._parameters = parameters
@@ -80,7 +80,7 @@ class OneKeyPlan(Plan):
         self,
         statement: Executable,
         parameters: Parameters,
-        tables: tuple[ShardedTable, ...],
+        tables: tuple[DeclaredTable, ...],
         writes: bool,
         position: int,
     ) -> None:
@@ -97,7 +97,7 @@ class OneKeyPlan(Plan):
 
 
 class AnyShardPlan(Plan):
-    """Every shard answers alike: no table is read, or no row can match."""
+    """Every shard answers alike: no table is read, or reference tables alone, or no row can match."""
 
     __slots__ = ()
     reason = "any shard gives the same answer"
@@ -120,7 +120,7 @@ class RowsPlan(Plan):
         self,
         statement: Executable,
         parameters: Parameters,
-        tables: tuple[ShardedTable, ...],
+        tables: tuple[DeclaredTable, ...],
         positions: Sequence[int],
         *,
         ordered: bool,

@@ -38,7 +38,13 @@ from sqlalchemy.sql.selectable import (
     Values,
 )
 
-from shardkit.core.topology import KeyType, ShardedTable
+from shardkit.core.topology import (
+    DeclaredTable,
+    HomeTable,
+    KeyType,
+    ReferenceTable,
+    ShardedTable,
+)
 
 from . import declare
 from .idrouting import IdConstraint, carrier_of
@@ -119,17 +125,27 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class BlockProof:
-    """What is known of one block. ``names`` are those of its FROMs; the ones that are no nodes have None. ``strange``
-    are nodes whose shard key is compared with a bound value of another type."""
+    """What is known of one block. ``names`` are those of its FROMs; the ones that are no nodes have None, but those of
+    reference and home tables, which are in ``references`` and ``homes``. ``strange`` are nodes whose shard key is
+    compared with a bound value of another type."""
 
     block: Block
     parent: BlockProof | None
     root: Scope = field(default_factory=Scope)
     nodes: list[Node] = field(default_factory=list)
     names: dict[str, Node | None] = field(default_factory=dict)
+    references: dict[str, ReferenceTable] = field(default_factory=dict)
+    homes: dict[str, HomeTable] = field(default_factory=dict)
     strange: list[Node] = field(default_factory=list)
     conditions: list[tuple[Any, Scope]] = field(default_factory=list)
     """Each conjunct of WHERE and ON, and where it holds."""
+
+    def tables(self) -> Iterator[DeclaredTable]:
+        """The table of each FROM that is one."""
+        for node in self.nodes:
+            yield node.table
+        yield from self.references.values()
+        yield from self.homes.values()
 
     def find(self, name: str) -> Node | None:
         """The sharded FROM that a qualified column names, here or in a block around this one; None if it is another
@@ -138,6 +154,8 @@ class BlockProof:
         while block is not None:
             if name in block.names:
                 return block.names[name]
+            if name in block.references or name in block.homes:
+                return None
             block = block.parent
         return None
 
@@ -169,24 +187,32 @@ def prove(compiled: Compiled) -> list[BlockProof]:
 
 
 def _account_for_tables(compiled: Compiled, proofs: Sequence[BlockProof]) -> None:
-    """Every table in a rendered FROM is a node: whatever else could put one there is not understood."""
-    nodes: dict[ShardedTable, int] = {}
+    """Every table in a rendered FROM is named: whatever else could put one there is not understood."""
+    named: dict[DeclaredTable, int] = {}
     for proof in proofs:
-        for node in proof.nodes:
-            nodes[node.table] = nodes.get(node.table, 0) + 1
+        for one in proof.tables():
+            named[one] = named.get(one, 0) + 1
     names = {table.name: table for table in compiled.recording.tables}
     for table, times in compiled.recording.tables.items():
         if names[table.name] is not table:
             raise Refusal("ambiguous-name", f"two tables of it are named {table.name!r}")
-        if times != nodes.get(sharded(table), 0):
+        if times != named.get(declared(table), 0):
             raise Refusal("hidden-from", f"{table.fullname} is read in a way that is not understood")
 
 
-def sharded(table: Any) -> ShardedTable:
-    """The declaration of a table in a FROM; `Refusal` if it is not sharded."""
-    found = declare.sharded_table(table) if isinstance(table, Table) else None
+def declared(table: Any) -> DeclaredTable:
+    """The declaration of a table in a FROM; `Refusal` if it has none."""
+    found = declare.declared_table(table) if isinstance(table, Table) else None
     if found is None:
-        raise Refusal("unsharded", f"{table} is not sharded, so it is not known where its rows are")
+        raise Refusal("unsharded", f"{table} is not declared, so it is not known where its rows are")
+    return found
+
+
+def sharded(table: Any) -> ShardedTable:
+    """The declaration of a sharded table; `Refusal` if it is not sharded."""
+    found = declared(table)
+    if not isinstance(found, ShardedTable):
+        raise Refusal("unsharded", f"{table} is not sharded")
     return found
 
 
@@ -219,9 +245,9 @@ class _Reader:
         elif isinstance(from_, Join):
             self._join(from_, scope)
         elif isinstance(from_, Table):
-            self._name(from_, Node(self._rendered(from_), sharded(from_), from_, self._proof, scope))
+            self._table(from_, declared(from_), scope)
         elif isinstance(from_, Alias) and isinstance(from_.element, Table):
-            self._name(from_, Node(self._rendered(from_), sharded(from_.element), from_, self._proof, scope))
+            self._table(from_, declared(from_.element), scope)
         elif isinstance(from_, _DERIVED) or (
             isinstance(from_, Alias) and isinstance(from_.element, _DERIVED)
         ):
@@ -246,11 +272,22 @@ class _Reader:
     def _rendered(self, from_: Any) -> str:
         return self._compiled.rendered_name(from_)
 
-    def _name(self, from_: Any, node: Node | None) -> None:
-        name = self._rendered(from_)
-        if name in self._proof.names:
+    def _table(self, from_: Any, table: DeclaredTable, scope: Scope) -> None:
+        if isinstance(table, ShardedTable):
+            self._name(from_, Node(self._rendered(from_), table, from_, self._proof, scope))
+        elif isinstance(table, ReferenceTable):
+            self._proof.references[self._new_name(from_)] = table
+        else:
+            self._proof.homes[self._new_name(from_)] = table
+
+    def _new_name(self, from_: Any) -> str:
+        name, proof = self._rendered(from_), self._proof
+        if name in proof.names or name in proof.references or name in proof.homes:
             raise Refusal("ambiguous-name", f"two FROMs are named {name!r}")
-        self._proof.names[name] = node
+        return name
+
+    def _name(self, from_: Any, node: Node | None) -> None:
+        self._proof.names[self._new_name(from_)] = node
         if node is not None:
             self._proof.nodes.append(node)
 

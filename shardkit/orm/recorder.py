@@ -20,6 +20,7 @@ from sqlalchemy import Select, Table
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.elements import BindParameter, Grouping
 from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
+from sqlalchemy.sql.util import surface_selectables_only
 from sqlalchemy.sql.visitors import iterate
 
 _BLOCK = "shardkit_block"
@@ -195,6 +196,15 @@ class Compiled:
         if hasattr(name, "apply_map"):
             return str(self.compiler._truncated_identifier("alias", name))
         return str(name)
+
+    def locked(self, block: Block) -> set[str] | None:
+        """The names of the FROMs whose rows a block locks by FOR UPDATE or FOR SHARE; None if all of them."""
+        lock = getattr(block.statement, "_for_update_arg", None)
+        if lock is None:
+            return set()
+        if not lock.of:
+            return None
+        return {self.rendered_name(from_) for one in lock.of for from_ in surface_selectables_only(one)}
 
     def column_of_insert(self, column: Any, value: BindParameter[Any] | None) -> BindParameter[Any] | None:
         """The bound value of a column in VALUES, or None if it has none. ``value`` is the one in the statement."""

@@ -35,6 +35,14 @@ from .refusals import Refusal
 from .rows import InsertProof, plan_bulk_insert, plan_bulk_update, plan_values, prove_insert
 from .statements import PlannerFacts, StatementProof, prove_statement
 from .vetting import vet_insert_scatter, vet_one_shard
+from .whole import (
+    WholeProof,
+    is_declared_whole,
+    is_whole,
+    plan_bulk_whole,
+    plan_values_whole,
+    prove_insert_whole,
+)
 
 __all__ = ["Parameters", "Plan", "Planner", "Route", "ShardPart"]
 
@@ -55,7 +63,7 @@ class Planner:
         self._dialect = dialect
         self._most_rows = most_rows
         self._ids = ids
-        self._proofs: Kept[StatementProof | InsertProof] = Kept(size)
+        self._proofs: Kept[StatementProof | InsertProof | WholeProof] = Kept(size)
 
     def plan(
         self,
@@ -89,6 +97,8 @@ class Planner:
         bulk = _bulk_mapper(statement, parameters, options)
         if bulk is not None:
             rows = parameters if isinstance(parameters, Sequence) else [parameters or {}]
+            if is_whole(bulk):
+                return plan_bulk_whole(statement, rows, bulk)
             if isinstance(statement, Insert):
                 return plan_bulk_insert(statement, rows, bulk)
             return plan_bulk_update(statement, rows, bulk)
@@ -114,15 +124,21 @@ class Planner:
             compiled = facts.compile_(statement)
             vet_one_shard(compiled)
             call = compiled.call
+            whole = isinstance(compiled.statement, Insert) and is_declared_whole(compiled.statement.table)
             if isinstance(compiled.given, Insert) and compiled.state._has_multi_parameters:
+                if whole:
+                    return plan_values_whole(statement, parameters, compiled)
                 return plan_values(statement, parameters, compiled, *_insert_facts(compiled))
-            proof = (
-                prove_insert(compiled, *_insert_facts(compiled))
-                if isinstance(compiled.statement, Insert)
-                else prove_statement(compiled, facts)
-            )
+            if whole:
+                proof = prove_insert_whole(compiled)
+            elif isinstance(compiled.statement, Insert):
+                proof = prove_insert(compiled, *_insert_facts(compiled))
+            else:
+                proof = prove_statement(compiled, facts)
             if shape is not None:
                 self._proofs.put(shape, proof)
+        if isinstance(proof, WholeProof):
+            return proof.plan(statement, parameters)
         if isinstance(proof, InsertProof):
             return proof.plan(statement, parameters, call)
         if single is None:
@@ -166,7 +182,10 @@ def _insert_facts(compiled: Compiled) -> tuple[tuple[Terms, ...], Refusal | None
         or compiled.recording.kinds["delete"]
     ):
         raise Refusal("dml-in-cte", "a writing statement inside another is not routed")
-    blocks = tuple(terms(block) for block in prove(compiled))
+    proofs = prove(compiled)
+    if any(block.homes for block in proofs):
+        raise Refusal("home", "a subquery in an INSERT of sharded rows names a home table")
+    blocks = tuple(terms(block) for block in proofs)
     try:
         if blocks:
             raise Refusal("subquery", "a subquery in an INSERT of rows of several shard keys is not routed")

@@ -17,9 +17,9 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 
 from shardkit.core.errors import KeyTypeError
-from shardkit.core.topology import ShardedTable
+from shardkit.core.topology import DeclaredTable, ShardedTable
 
-from . import declare, keys
+from . import declare, keys, proof
 from .binding import Terms, Unbound, one_position
 from .carriers import IdColumn, id_attributes, id_columns
 from .plan import OneKeyPlan, Parameters, Plan, RowsPlan, ShardPart
@@ -39,7 +39,7 @@ class InsertProof:
     key: keys.KeyColumn
     slot: Slot | None
     blocks: tuple[Terms, ...]
-    tables: tuple[ShardedTable, ...]
+    tables: tuple[DeclaredTable, ...]
     returning: bool
     upsert: bool
     scattered: Refusal | None
@@ -127,7 +127,7 @@ def prove_insert(compiled: Compiled, blocks: tuple[Terms, ...], scattered: Refus
         key=keys.KeyColumn.of(column),
         slot=None if bind is None else compiled.slot(bind),
         blocks=blocks,
-        tables=tuple(dict.fromkeys((declared, *map(sharded, compiled.recording.tables)))),
+        tables=tuple(dict.fromkeys((declared, *map(proof.declared, compiled.recording.tables)))),
         returning=bool(statement._returning),
         upsert=statement._post_values_clause is not None,
         scattered=scattered,

@@ -18,11 +18,11 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from shardkit.core.errors import UnroutableQuery, UsageError
 from shardkit.core.ring import position
-from shardkit.core.topology import ShardedTable
+from shardkit.core.topology import DeclaredTable
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
-from . import bulk
+from . import bulk, replicated
 from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
@@ -30,6 +30,7 @@ from .keys import instance_position
 from .routing import Plan, Route
 from .scatterpolicy import Policy, check_policy
 from .transaction import ShardTransaction
+from .whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from .cluster import ShardCluster
@@ -97,6 +98,8 @@ class ShardSession(Session):
 
     def provision(self, plan: Plan) -> Route:
         """Hold every shard of a planned statement; where it runs."""
+        if isinstance(plan, EveryShardPlan):
+            replicated.admit(self.mode, plan.target)
         shards = self.shards
         return shards.provision(
             lambda topology: plan.route(topology, prefer=shards.scope.participants),
@@ -104,7 +107,7 @@ class ShardSession(Session):
             writes=plan.writes,
         )
 
-    def provision_position(self, at: int, tables: tuple[ShardedTable, ...] = ()) -> Connection:
+    def provision_position(self, at: int, tables: tuple[DeclaredTable, ...] = ()) -> Connection:
         """The connection to the shard that owns a position, behind its fence."""
         shards = self.shards
         (shard_id,) = shards.provision(
@@ -199,10 +202,13 @@ class ShardSession(Session):
         """For a flush: the connection of each instance. SQLAlchemy's bulk operations want none, on a pinned shard."""
         return None if self._pinned is not None else self._connection_for_instance
 
-    def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Connection:
+    def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Any:
+        facts = mapped(inspect(instance).mapper)
+        if facts.key is None:  # a reference or home table: the statement itself says where it runs
+            return self._everywhere.dispatch
         at = instance_position(instance)
         vet_instance(instance, at)
-        return self.provision_position(at, mapped(inspect(instance).mapper).tables)
+        return self.provision_position(at, facts.tables)
 
     @contextmanager
     def pinned(self, engine: Engine) -> Iterator[None]:

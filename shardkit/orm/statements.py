@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import CompoundSelect, Executable, Select, Table
 from sqlalchemy.engine import Dialect
 
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, Topology
 
 from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
@@ -32,7 +32,8 @@ from .rows import vet_equal_names
 from .scatter import Reading, reading
 from .splitting import with_list
 from .streaming import Streamed
-from .vetting import reads_only, vet_without_tables
+from .vetting import reads_only
+from .whole import WholeProof, prove_whole, tables_beside, vet_beside
 from .writing import Compile, Writing, writing
 
 STREAM_ROWS = 1000
@@ -47,7 +48,7 @@ class StatementProof:
     """What is known of all statements of one shape that read, update or delete."""
 
     blocks: tuple[Terms, ...]
-    tables: tuple[ShardedTable, ...]
+    tables: tuple[DeclaredTable, ...]
     writes: bool
     updates_or_deletes: bool
     several: Reading | Writing | Pull | Refusal
@@ -338,7 +339,7 @@ class WritingPlan(SeveralPlan):
 # --- proving --------------------------------------------------------------------------------------------------------
 
 
-def prove_statement(compiled: Compiled, planner: PlannerFacts) -> StatementProof:
+def prove_statement(compiled: Compiled, planner: PlannerFacts) -> StatementProof | WholeProof:
     """What is known of a statement; `Refusal` if it can be routed with no values at all."""
     if compiled.recording.kinds["insert"]:
         raise Refusal("dml-in-cte", "an INSERT inside another statement is not routed")
@@ -346,17 +347,18 @@ def prove_statement(compiled: Compiled, planner: PlannerFacts) -> StatementProof
     top_dml = bool(compiled.given.is_update or compiled.given.is_delete)
     if compiled.recording.kinds["update"] + compiled.recording.kinds["delete"] > top_dml:
         raise Refusal("dml-in-cte", "an UPDATE or DELETE inside another statement is not routed")
-    if compiled.given.is_update:
-        _vet_update(compiled)
     nodes = [node for block in blocks for node in block.nodes]
     if not nodes:
-        vet_without_tables(compiled)
+        return prove_whole(compiled, blocks)
+    vet_beside(compiled, blocks)
+    if compiled.given.is_update:
+        _vet_update(compiled)
     found = tuple(terms(block) for block in blocks)
     classes = found[0].classes if len(found) == 1 else ()
     constraints, present = classes[0] if len(classes) == 1 else ((), False)
     return StatementProof(
         blocks=found,
-        tables=tuple({node.table: None for node in nodes}),
+        tables=(*{node.table: None for node in nodes}, *tables_beside(blocks)),
         writes=top_dml or not reads_only(compiled),
         updates_or_deletes=top_dml,
         several=_several(compiled, blocks, nodes, planner),
@@ -369,8 +371,6 @@ def _several(
 ) -> Reading | Writing | Pull | Refusal:
     """How a statement runs on several shards: in parts if that is possible."""
     ways: list[Callable[[], Reading | Writing | Pull]] = []
-    if not nodes:
-        return Refusal("no-table", "it names no sharded table")
     if isinstance(compiled.statement, Select | CompoundSelect):
         ways = [
             lambda: reading(compiled, blocks, planner.dialect),

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from shardkit.core.errors import ShardUnreachable, TopologyChanged, TopologyUnsettled, UndeclaredTable
-from shardkit.core.topology import Shard, ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, Shard, Topology
 from shardkit.storage.dialect import behind
 from shardkit.storage.guard import Guard, GuardedAsyncConnection, GuardedConnection, StaleFence
 from shardkit.storage.scope import Participant, Scope
@@ -56,11 +56,13 @@ class ShardTransaction:
         self._opened: dict[int, Connection] = {}
         self.scope = Scope(session.mode)
         self.topology: Topology | None = None
+        self.locked: set[tuple[int, DeclaredTable]] = set()
+        """Shards and reference tables of which this transaction is the only writer to its end."""
         self.options: Mapping[str, Any] | None = None
         """Execution options for the connections that are opened next."""
 
     def provision(
-        self, route: Callable[[Topology], R], *, tables: Collection[ShardedTable] = (), writes: bool = False
+        self, route: Callable[[Topology], R], *, tables: Collection[DeclaredTable] = (), writes: bool = False
     ) -> R:
         """The route under one topology that holds ``tables``, every shard of it held. Nothing was sent but guards.
 
@@ -76,7 +78,9 @@ class ShardTransaction:
                 return found
         return self._provision(route, tables, writes)
 
-    def _provision(self, route: Callable[[Topology], R], tables: Collection[ShardedTable], writes: bool) -> R:
+    def _provision(
+        self, route: Callable[[Topology], R], tables: Collection[DeclaredTable], writes: bool
+    ) -> R:
         topology = self.topology or self._cluster.router.topology
         waiting = _Waiting(self._engines.pause, self._cluster.settle_seconds)
         while True:
@@ -119,7 +123,7 @@ class ShardTransaction:
         """The engine of a shard that is held."""
         return self._opened[shard_id].engine
 
-    def _declaring(self, topology: Topology, tables: Collection[ShardedTable]) -> Topology:
+    def _declaring(self, topology: Topology, tables: Collection[DeclaredTable]) -> Topology:
         """A newer topology that holds the tables; `UndeclaredTable`."""
         newer = self._cluster.router.newer_than(topology.version, self._engines)
         if newer is None or not declares(newer, tables):

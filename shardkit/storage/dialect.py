@@ -34,7 +34,7 @@ from shardkit.core.errors import (
 from shardkit.core.ring import position
 
 from .answers import AnsweringDialect
-from .guard import INERROR, Guard, GuardedAsyncConnection, GuardedConnection
+from .guard import IDLE, INERROR, Guard, GuardedAsyncConnection, GuardedConnection
 from .identity import ShardIdentity
 from .scope import Scope
 from .servers import VECTORS
@@ -130,6 +130,16 @@ class _GuardedDialect(AnsweringDialect):
 
     def do_commit(self, dbapi_connection: Any) -> None:
         raw = self._raw(dbapi_connection)
+        try:
+            self._commit(dbapi_connection, raw)
+        except Exception:
+            # SQLAlchemy takes the transaction for ended, and may give the connection back to its pool as it is: who
+            # has it next would commit what was written here.
+            if not raw.closed and raw.pgconn.transaction_status != IDLE:
+                self._run(raw.rollback())
+            raise
+
+    def _commit(self, dbapi_connection: Any, raw: Any) -> None:
         if raw.ended:
             raw.left()
         elif raw.scope is None:
@@ -159,8 +169,10 @@ class _GuardedDialect(AnsweringDialect):
 
     def _end_writer(self, dbapi_connection: Any, raw: Any, scope: Scope) -> None:
         """Readers first: when one of them fails, nothing is committed. Then COMMIT."""
-        if raw.pgconn.transaction_status == INERROR:
-            # The server would answer COMMIT with ROLLBACK, and the driver would not tell.
+        writers = [cast(GuardedConnection, one) for one in scope.participants.values() if one.wrote]
+        if any(one.pgconn.transaction_status == INERROR for one in writers):
+            # The server would answer COMMIT with ROLLBACK, and the driver would not tell; and what was written on
+            # other shards belongs to the same transaction.
             raise errors.InFailedSqlTransaction(
                 "a statement failed in this transaction; nothing is committed"
             )

@@ -15,13 +15,12 @@ from typing import NamedTuple
 from psycopg import sql
 
 from shardkit.core.keyrange import Arc, ArcSet
-from shardkit.core.topology import ShardedTable
+from shardkit.core.topology import DeclaredTable, ShardedTable
 
 from .connections import Connection, transaction
 from .predicate import bigint, position, relation, within
 
-# All that the text form of a value depends on.
-_TEXT_FORM = (
+TEXT_FORM = (
     ("DateStyle", "ISO, YMD"),
     ("IntervalStyle", "iso_8601"),
     ("TimeZone", "UTC"),
@@ -29,8 +28,8 @@ _TEXT_FORM = (
     ("bytea_output", "hex"),
     ("lc_monetary", "C"),
     ("row_security", "off"),
-    ("transaction_read_only", "on"),
 )
+"""Settings of a transaction that digests rows: all that the text form of a value depends on."""
 ROWS_A_CHUNK = 20_000
 _KEY_ARRAY = {"int": "int8[]", "text": "text[]", "uuid": "uuid[]"}
 
@@ -44,7 +43,7 @@ class Digest(NamedTuple):
 
 def snapshot(connection: Connection, *settings: tuple[str, str]) -> AbstractContextManager[Connection]:
     """A transaction in which digests may be computed, with further settings."""
-    return transaction(connection, *_TEXT_FORM, *settings)
+    return transaction(connection, *TEXT_FORM, ("transaction_read_only", "on"), *settings)
 
 
 def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
@@ -62,6 +61,15 @@ def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
 def _row_digest(columns: Sequence[str]) -> sql.Composed:
     names = sql.SQL(", ").join(map(sql.Identifier, columns))
     return sql.SQL("sum(hashtextextended(ROW({})::text, 0))").format(names)
+
+
+def of_table(connection: Connection, table: DeclaredTable, columns: Sequence[str]) -> Digest:
+    """Digest of all rows of a table."""
+    query = sql.SQL("SELECT count(*), coalesce({digest}, 0) FROM {table}").format(
+        digest=_row_digest(columns), table=relation(table)
+    )
+    rows, total = connection.execute(query).fetchone() or (0, 0)
+    return Digest(rows, int(total))
 
 
 def by_chunk(

@@ -18,11 +18,12 @@ from shardkit.core.errors import (
     ShardNotEmpty,
 )
 from shardkit.core.placement import initial
-from shardkit.core.topology import ShardedTable, Topology
+from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 
-from . import change, migrate, servers, tables
+from . import change, migrate, references, servers, tables
 from .catalog import Catalog
-from .connections import Connection, ShardConnections, connect_catalog, connect_shard, value
+from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction, value
+from .failpoints import failpoint
 from .topologies import write_copy
 from .urls import without_password
 
@@ -59,14 +60,25 @@ def check_join(
     for shard in current.shards if current is not None else ():
         shards.get(shard)
     if current is not None:
-        _check_tables(newcomer, shards.get(current.shards[0]), current, name)
+        resumed = _is_claimed(newcomer, catalog.cluster_id())
+        _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
     return _joined(current, catalog.next_version(), name, without_password(url), weight)
 
 
-def join(catalog: Catalog, shards: ShardConnections, *, name: str, url: str, weight: int = 100) -> Topology:
+def join(
+    catalog: Catalog,
+    shards: ShardConnections,
+    *,
+    name: str,
+    url: str,
+    weight: int = 100,
+    patience: float = 60.0,
+) -> Topology:
     """A database becomes a shard that owns nothing yet; the first one owns everything.
 
-    The caller holds the lease. Can be run again after it was interrupted. What `check_join` refuses changes nothing.
+    It holds the rows of the reference tables before it is one. The caller holds the lease. Can be run again after it
+    was interrupted. What `check_join` refuses changes nothing. ``patience`` is how long, in seconds, it waits for the
+    transactions that may write reference tables without it; then `MoveWaiting`, and nothing has changed.
     """
     change.settle(catalog, shards)
     url = without_password(url)
@@ -74,11 +86,35 @@ def join(catalog: Catalog, shards: ShardConnections, *, name: str, url: str, wei
         expected = check_join(catalog, shards, connection, name=name, url=url, weight=weight)
         migrate.upgrade(url, "shard")
         _claim(connection, catalog.cluster_id(), expected.named(name).id, name)
-    topology = change.apply(
-        catalog, shards, lambda before, version: _joined(before, version, name, url, weight)
-    )
+        failpoint("join.claimed")
+        before = catalog.current()
+        if before is not None and before.references:
+            _copy_first(catalog, shards, before, connection)
+
+        def copy_rest(source: Connection) -> None:
+            # Nobody writes reference tables while the shard that is written first is closed, so this is what every
+            # shard holds; and what was copied before is not copied again.
+            assert before is not None
+            references.copy(source, connection, catalog.token or 0, before.references)
+            failpoint("join.copied")
+
+        topology = change.apply(
+            catalog,
+            shards,
+            lambda now, version: _joined(now, version, name, url, weight),
+            while_closed=copy_rest,
+            patience=patience,
+        )
     change.drain(catalog, shards)
     return topology
+
+
+def _copy_first(catalog: Catalog, shards: ShardConnections, current: Topology, newcomer: Connection) -> None:
+    """Copy the reference tables while applications go on, so that little is left for the moment when they wait."""
+    first = shards.get(min(current.shards, key=lambda shard: shard.id))
+    with transaction(first):
+        references.copy(first, newcomer, catalog.token or 0, current.references)
+    failpoint("join.copied_first")
 
 
 def _joined(current: Topology | None, version: int, name: str, url: str, weight: int) -> Topology:
@@ -109,12 +145,23 @@ def _check_unclaimed(connection: Connection, cluster: UUID, current: Topology | 
         )
 
 
-def _check_tables(connection: Connection, pattern: Connection, current: Topology, name: str) -> None:
+def _is_claimed(connection: Connection, cluster: UUID) -> bool:
+    """Whether a join of this database has begun: then rows of reference tables may be there."""
+    if value(connection, "SELECT to_regclass('shardkit.shard')") is None:
+        return False
+    return value(connection, "SELECT 1 FROM shardkit.shard WHERE cluster_id = %s", (cluster,)) is not None
+
+
+def _check_tables(
+    connection: Connection, pattern: Connection, current: Topology, name: str, resumed: bool
+) -> None:
     problems = []
-    for table in current.tables:
+    everywhere: list[DeclaredTable] = [*current.tables, *current.references]
+    for table in everywhere:
         found = tables.describe(connection, table)
         problems += tables.differences(table, tables.describe(pattern, table), found)
-        if found is not None and not tables.is_empty(connection, table):
+        may_hold_rows = resumed and isinstance(table, ReferenceTable)
+        if found is not None and not may_hold_rows and not tables.is_empty(connection, table):
             raise ShardNotEmpty(f"Table {table} on the new shard {name} has rows already.", table=str(table))
     if problems:
         raise PreflightFailed(
@@ -136,11 +183,12 @@ def _claim(connection: Connection, cluster: UUID, shard_id: int, name: str) -> N
         raise AlreadyShard("Another catalog has just made this database its shard.", name=name)
 
 
-def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[ShardedTable]) -> Topology:
-    """Add tables to those that are sharded; the caller holds the lease.
+def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTable]) -> Topology:
+    """Add tables to those that are declared; the caller holds the lease.
 
-    They must exist, alike, on every shard, and be empty where there is more than one: rows put there without the
-    ring would stand on wrong shards. Declaring what is declared already changes nothing.
+    Sharded ones must exist, alike, on every shard, and be empty where there is more than one: rows put there without
+    the ring would stand on wrong shards. Reference tables must exist with the same rows on every shard, home tables on
+    their shard. Declaring what is declared already changes nothing.
     """
     change.settle(catalog, shards)
     current = catalog.current()
@@ -150,13 +198,12 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[ShardedTab
         )
     wanted = {(table.schema, table.name): table for table in new}
     for key, table in wanted.items():
-        known = current.by_table.get(key)
+        known = current.declared_tables.get(key)
         if known is not None and known != table:
             raise DeclarationError(
-                f"Table {table} is sharded by {known.key} ({known.key_type}), and cannot become sharded by "
-                f"{table.key} ({table.key_type})."
+                f"Table {table} is {known.description}, and cannot become {table.description}."
             )
-    added = [table for key, table in sorted(wanted.items()) if key not in current.by_table]
+    added = [table for key, table in sorted(wanted.items()) if key not in current.declared_tables]
     if not added:
         return current
     if catalog.running_job() is not None:
@@ -170,31 +217,65 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[ShardedTab
     return topology
 
 
-def _declared(before: Topology | None, version: int, added: list[ShardedTable]) -> Topology:
+def _declared(before: Topology | None, version: int, added: list[DeclaredTable]) -> Topology:
     assert before is not None
-    return before.declared(version, (*before.tables, *added))
+    return before.declared(version, (*before.declared_tables.values(), *added))
 
 
-def check_declared(current: Topology, shards: ShardConnections, added: Iterable[ShardedTable]) -> None:
-    """Refuse tables that cannot become sharded as the servers have them; changes nothing."""
+def check_declared(current: Topology, shards: ShardConnections, added: Iterable[DeclaredTable]) -> None:
+    """Refuse tables that cannot be what they are declared as, as the servers have them; changes nothing."""
     problems = []
-    first = shards.get(current.shards[0])
     for table in added:
-        pattern = tables.describe(first, table)
-        problems += [
-            f"shard {current.shards[0].name}: {text}" for text in tables.key_problems(table, pattern)
-        ]
-        for shard in current.shards[1:]:
-            found = tables.describe(shards.get(shard), table)
-            problems += [f"shard {shard.name}: {text}" for text in tables.differences(table, pattern, found)]
-        for shard in current.shards if len(current.shards) > 1 else ():
-            if tables.describe(shards.get(shard), table) and not tables.is_empty(shards.get(shard), table):
-                raise ShardNotEmpty(
-                    f"Table {table} on shard {shard.name} has rows already.", table=str(table)
-                )
+        if isinstance(table, HomeTable):
+            problems += _home_problems(table, current, shards)
+            continue
+        first, *others = current.shards
+        pattern = tables.describe(shards.get(first), table)
+        found = (
+            tables.key_problems(table, pattern)
+            if isinstance(table, ShardedTable)
+            else references.problems(table, pattern)
+        )
+        problems += [f"shard {first.name}: {text}" for text in found]
+        for shard in others:
+            other = tables.describe(shards.get(shard), table)
+            problems += [f"shard {shard.name}: {text}" for text in tables.differences(table, pattern, other)]
+        if isinstance(table, ReferenceTable):
+            problems += _reference_problems(table, current, shards)
+        else:
+            for shard in current.shards if others else ():
+                _check_empty(table, shard, shards)
     if problems:
         raise PreflightFailed(
             "These tables cannot be declared:\n" + "\n".join(f"  - {problem}" for problem in problems),
             hint="Create them alike on every shard first; `cluster.create_all(metadata)` does both.",
             reasons=problems,
         )
+
+
+def _check_empty(table: DeclaredTable, shard: Shard, shards: ShardConnections) -> None:
+    connection = shards.get(shard)
+    if tables.describe(connection, table) and not tables.is_empty(connection, table):
+        raise ShardNotEmpty(f"Table {table} on shard {shard.name} has rows already.", table=str(table))
+
+
+def _reference_problems(table: ReferenceTable, current: Topology, shards: ShardConnections) -> list[str]:
+    connections = {shard.name: shards.get(shard) for shard in current.shards}
+    found = references.digests(connections, table)
+    first = current.shards[0].name
+    return [
+        f"table {table} has other rows on shard {name} than on {first}"
+        for name, digest_there in found.items()
+        if digest_there is not None and found[first] is not None and digest_there != found[first]
+    ]
+
+
+def _home_problems(table: HomeTable, current: Topology, shards: ShardConnections) -> list[str]:
+    home = current.named(table.shard)
+    found = tables.describe(shards.get(home), table)
+    for shard in current.shards:
+        if shard.id != home.id:
+            _check_empty(table, shard, shards)
+    if found is None:
+        return [f"shard {home.name}: table {table} does not exist"]
+    return [] if found.kind in ("r", "p") else [f"shard {home.name}: {table} is no table"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from psycopg import sql
 
 from shardkit.core.keyrange import ArcSet
-from shardkit.core.topology import KeyType, ShardedTable
+from shardkit.core.topology import DeclaredTable, KeyType, ShardedTable
 
 HASH_FUNCTIONS: dict[KeyType, str] = {
     "int": "hashint8extended",
@@ -22,7 +22,7 @@ HASH_FUNCTIONS: dict[KeyType, str] = {
 BETWEEN_AT_MOST = 4
 
 
-def relation(table: ShardedTable) -> sql.Identifier:
+def relation(table: DeclaredTable) -> sql.Identifier:
     """The qualified name of a table."""
     return sql.Identifier(table.schema, table.name)
 

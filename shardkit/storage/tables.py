@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import psycopg
 from psycopg import sql
 
-from shardkit.core.topology import KeyType, ShardedTable
+from shardkit.core.topology import DeclaredTable, KeyType, ShardedTable
 
 from .connections import Connection, value
 from .predicate import relation
@@ -24,6 +25,20 @@ KEY_FAMILIES: dict[str, KeyType] = {
     "varchar": "text",
     "uuid": "uuid",
 }
+
+
+_CONSTANT = re.compile(r"[-+]?\d+(\.\d*)?|TRUE|FALSE|NULL|E?'([^'\\]|'')*'|ARRAY\[\]", re.IGNORECASE)
+_CAST = re.compile(r"::[\w \"\.\[\]\(\),]+$")
+# PostgreSQL's own words in the input of dates and times.
+_MOMENT = re.compile(r"'\s*(now|today|tomorrow|yesterday)\s*'", re.IGNORECASE)
+
+
+def is_constant(default: str) -> bool:
+    """Whether a default, as SQL, is the same value wherever and whenever it is evaluated; False if unknown."""
+    bare = default.strip()
+    while (stripped := _CAST.sub("", bare).strip()) != bare:
+        bare = stripped
+    return bool(_CONSTANT.fullmatch(bare)) and not _MOMENT.fullmatch(bare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
 
 
-def describe(connection: Connection, table: ShardedTable) -> Table | None:
+def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     """The table as it is on this server; None if it is missing."""
     found = connection.execute(_TABLE, (table.schema, table.name)).fetchone()
     if found is None:
@@ -120,7 +135,7 @@ def describe(connection: Connection, table: ShardedTable) -> Table | None:
     )  # fmt: skip
 
 
-def _guessed_rows(connection: Connection, table: ShardedTable, oid: int) -> float:
+def _guessed_rows(connection: Connection, table: DeclaredTable, oid: int) -> float:
     """Rows as the planner sees them: pages by width. A table that is not partitioned and has less than 10 pages counts
     as one of 10 there."""
     plan = value(connection, sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(relation(table)))
@@ -133,12 +148,12 @@ def _guessed_rows(connection: Connection, table: ShardedTable, oid: int) -> floa
     return float(plan[0]["Plan"]["Plan Rows"]) * (1.0 if pages is None else min(1.0, pages / 10))
 
 
-def is_empty(connection: Connection, table: ShardedTable) -> bool:
+def is_empty(connection: Connection, table: DeclaredTable) -> bool:
     """Whether the table has no row."""
     return value(connection, sql.SQL("SELECT 1 FROM {} LIMIT 1").format(relation(table))) is None
 
 
-def has_equality(connection: Connection, table: ShardedTable, column: Column) -> bool:
+def has_equality(connection: Connection, table: DeclaredTable, column: Column) -> bool:
     """Whether values of the column can be compared."""
     query = sql.SQL("SELECT DISTINCT {} FROM {} LIMIT 0").format(sql.Identifier(column.name), relation(table))
     try:
@@ -148,7 +163,7 @@ def has_equality(connection: Connection, table: ShardedTable, column: Column) ->
     return True
 
 
-def analyze(connection: Connection, table: ShardedTable) -> None:
+def analyze(connection: Connection, table: DeclaredTable) -> None:
     """Have the server look at a table whose rows came or went, so that it plans and estimates well at once."""
     connection.execute(sql.SQL("ANALYZE {}").format(relation(table)))
 
@@ -174,7 +189,7 @@ def key_problems(table: ShardedTable, found: Table | None) -> list[str]:
     return problems
 
 
-def differences(table: ShardedTable, source: Table | None, target: Table | None) -> list[str]:
+def differences(table: DeclaredTable, source: Table | None, target: Table | None) -> list[str]:
     """How two servers' versions of a table differ, in words; empty where a move can carry rows between them."""
     if source is None or target is None:
         return [f"table {table} is missing on the {'source' if source is None else 'target'}"]

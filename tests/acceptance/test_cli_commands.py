@@ -346,3 +346,71 @@ def test_the_installed_program() -> None:
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"shardkit {__version__} (ring: ")
     assert done.stderr == ""
+
+
+WHOLE_MODELS = """
+from sqlalchemy import BigInteger, ForeignKey
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from shardkit import home, reference, sharded
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+@reference
+class Country(Base):
+    __tablename__ = "Country"
+    code: Mapped[str] = mapped_column(primary_key=True)
+
+
+@home("s2")
+class Setting(Base):
+    __tablename__ = "setting"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+@sharded(by="id")
+class Customer(Base):
+    __tablename__ = "customer"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    country: Mapped[str] = mapped_column(ForeignKey("Country.code"))
+"""
+
+
+def test_reference_rows_are_there_before_the_rows_that_name_them(
+    catalog: str, call: Program, folder: Path, fresh_database: FreshDatabase
+) -> None:
+    (folder / "whole_models.py").write_text(WHOLE_MODELS)
+    first, second = fresh_database(0), fresh_database(1)
+    call("init").ok()
+    call("shard", "add", "s1", first).ok()
+    # The home is no shard yet.
+    call("schema", "declare", "whole_models:Base", "--create").failed(3, "There is no shard 's2'")
+    with connect(first) as connection:
+        assert value(connection, "SELECT to_regclass('public.customer')") is None
+    (folder / "models_before.py").write_text(
+        WHOLE_MODELS.replace('"s2"', '"s1"').replace("setting", "earlier")
+    )
+    declared = call("schema", "declare", "models_before:Base", "--create", "--json").ok().document
+    assert [(each["name"], each["kind"], each["home"]) for each in declared["tables"]] == [
+        ("customer", "sharded", None),
+        ("Country", "reference", None),
+        ("earlier", "home", "s1"),
+    ]
+    with connect(first) as connection:
+        connection.execute("""INSERT INTO public."Country" SELECT 'c' || n FROM generate_series(1, 50) n""")
+        connection.execute(
+            "INSERT INTO public.customer SELECT n, 'c' || n % 50 + 1 FROM generate_series(1, 500) n"
+        )
+    call("shard", "add", "s2", second, "--models", "models_before:Base", "--yes").ok()
+    call("schema", "declare", "whole_models:Base", "--create").ok()
+    call("doctor").ok()
+    joined = """SELECT count(*) FROM public.customer JOIN public."Country" ON country = code"""
+    with connect(first) as one, connect(second) as two:
+        assert value(one, joined) + value(two, joined) == 500
+        assert value(two, joined) > 100
+        assert value(two, 'SELECT count(*) FROM public."Country"') == 50
+        assert value(one, "SELECT to_regclass('public.setting')") is None
+        assert value(two, "SELECT to_regclass('public.earlier')") is None

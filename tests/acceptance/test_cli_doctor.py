@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,10 +11,13 @@ import pytest
 from psycopg import sql
 
 from shardkit.core.keyrange import Arc, ArcSet
+from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
-from shardkit.storage import change
+from shardkit.storage import change, membership
+from shardkit.storage.connections import connect
 from tests.acceptance.conftest import Program
 from tests.fix_shards import MakeShards, Shards
+from tests.sharded import until
 
 
 @pytest.fixture
@@ -193,3 +197,56 @@ def test_what_the_human_reads(two: Shards, call: Program) -> None:
     assert "table public.posts does not exist" in outcome.out
     assert "s2, tables: Make the table as it is on the other shards" in outcome.out
     assert outcome.out.endswith("1 problem.\n")
+
+
+def test_reference_tables_that_differ(two: Shards, call: Program) -> None:
+    tables: list[DeclaredTable] = [ReferenceTable("public", "Rate"), HomeTable("public", "setting", "s2")]
+    for name in ("s1", "s2"):
+        two.on(name).execute('CREATE TABLE public."Rate" (code text PRIMARY KEY, n int)')
+        two.on(name).execute("""INSERT INTO public."Rate" VALUES ('x', 1), ('y', NULL)""")
+    two.on("s2").execute("CREATE TABLE public.setting (x text)")
+    with two.writer() as (catalog, shards):
+        membership.declare(catalog, shards, tables)
+    assert problems(call) == []
+    shown = call("status").ok().out
+    assert "Reference tables: public.Rate\n" in shown
+    assert "Home tables: public.setting on s2\n" in shown
+
+    two.on("s2").execute("""UPDATE public."Rate" SET n = 2 WHERE code = 'x'""")
+    subject, check, detail = one_problem(call)
+    assert (subject, check) == ("catalog", "references")
+    assert detail == "the rows of public.Rate differ (s1: 2 rows, s2: 2 rows)"
+    two.on("s2").execute("""UPDATE public."Rate" SET n = 1 WHERE code = 'x'""")
+
+    two.on("s1").execute("""ALTER TABLE public."Rate" ALTER n SET DEFAULT random()""")
+    two.on("s2").execute("DROP TABLE public.setting")
+    assert [(each["subject"], each["detail"].split(" which")[0]) for each in problems(call)] == [
+        ("s1", "column public.Rate.n has DEFAULT random(),"),
+        (
+            "s2",
+            "column public.Rate.n differs: integer DEFAULT random() on the source, integer on the target",
+        ),
+        ("s2", "table public.setting does not exist"),
+    ]
+
+
+def test_the_doctor_waits_for_a_writer_of_reference_rows(two: Shards, call: Program) -> None:
+    """Between its two commits the shards differ, and nothing is wrong."""
+    for name in ("s1", "s2"):
+        two.on(name).execute("CREATE TABLE public.rate (code text PRIMARY KEY)")
+    with two.writer() as (catalog, shards):
+        membership.declare(catalog, shards, [ReferenceTable("public", "rate")])
+    with connect(two.topology().named("s2").url) as late:
+        late.execute("BEGIN")
+        late.execute("INSERT INTO public.rate VALUES ('x')")
+        two.on("s1").execute("INSERT INTO public.rate VALUES ('x')")
+        found: list[Any] = []
+        doctor = threading.Thread(target=lambda: found.append(problems(call)))
+        doctor.start()
+        waits = (
+            "SELECT FROM pg_locks WHERE relation = 'public.rate'::regclass AND mode = 'ShareLock' AND granted"
+        )
+        until(lambda: two.on("s1").execute(waits).fetchall(), "the doctor at the shard that is written first")
+        late.execute("COMMIT")
+        doctor.join()
+    assert found == [[]]

@@ -214,6 +214,39 @@ def test_a_failed_statement_that_was_swallowed_commits_nothing_silently(
     assert sharded.query("s0", USERS) == [(second,)]
 
 
+def test_what_was_not_committed_is_not_committed_by_the_next(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster
+) -> None:
+    """A session whose commit failed before COMMIT is closed, not rolled back: its connection goes back to the pool."""
+    (first,), (second, third) = sharded.keys("s1", 1), sharded.keys("s0", 2)
+    with cluster.sessionmaker()() as session:
+        session.get(User, first)
+        session.execute(insert(User).values(id=second, name="x"))
+        _kill(sharded, "s1", _pid(session, "s1"))
+        with pytest.raises(ShardUnreachable):
+            session.commit()
+    assert sharded.query("s0", "SELECT FROM pg_stat_activity WHERE state = 'idle in transaction'") == []
+    with cluster.sessionmaker()() as session:
+        session.execute(insert(User).values(id=third, name="x"))
+        session.commit()
+    assert sharded.query("s0", USERS) == [(third,)]
+
+
+def test_a_failed_statement_on_one_of_several_shards_commits_none(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster
+) -> None:
+    (first,), (second,) = sharded.keys("s0", 1), sharded.keys("s1", 1)
+    for key, other in ((first, second), (second, first)):
+        with cluster.sessionmaker(mode="best_effort")() as session:
+            session.execute(insert(User).values(id=key, name="x"))
+            session.execute(insert(User).values(id=other, name="x"))
+            with pytest.raises(IntegrityError):
+                session.execute(insert(User).values(id=other, name="twice"))
+            with pytest.raises(DBAPIError, match="nothing is committed"):
+                session.commit()
+        assert sharded.holding(USERS) == []
+
+
 # --- several writers -------------------------------------------------------------------------------------------------
 
 
