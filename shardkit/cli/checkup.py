@@ -223,7 +223,7 @@ def _identity(view: View) -> Iterator[Finding]:
         yield view.problem(
             "identity",
             "its tables in schema shardkit are of an older shardkit",
-            "Install that version of shardkit.",
+            "`shardkit init` brings it up to date.",
         )
     else:
         yield view.ok("identity", f"shard id {view.shard.id} of this cluster")
