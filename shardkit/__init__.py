@@ -8,12 +8,16 @@ from shardkit.core.errors import ShardkitError
 from shardkit.core.ring import HashRing, Ring, position
 from shardkit.orm.cluster import ShardCluster, connect
 from shardkit.orm.declare import sharded
+from shardkit.orm.partial import MissingShards, PartialResultWarning
+from shardkit.orm.retrying import retrying
 from shardkit.orm.session import ShardAsyncSession, ShardSession
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HashRing",
+    "MissingShards",
+    "PartialResultWarning",
     "Ring",
     "ShardAsyncSession",
     "ShardCluster",
@@ -22,5 +26,6 @@ __all__ = [
     "connect",
     "errors",
     "position",
+    "retrying",
     "sharded",
 ]

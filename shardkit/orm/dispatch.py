@@ -11,8 +11,11 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from .session import ShardSession
 
 _Work = Callable[[], CursorResult[Any]]
+_CANCEL_SECONDS = 5.0
 
 
 class Finishing:
@@ -78,7 +82,7 @@ class Dispatch:
         """Run a statement where it belongs; as ``Connection.execute``."""
         session = self._session
         plan = session.cluster.planner.plan(statement, parameters or None, execution_options)
-        route = session.provision(plan)
+        route = session.provision(plan, execution_options)
         options = execution_options or {}
         if plan.writes:
             options = {**options, WRITES: True}
@@ -115,22 +119,37 @@ class Dispatch:
         if session.engines.is_async:
             results = await_(_in_tasks(works))
         else:
-            results = _in_threads(works, session.cluster.workers)
+            results = _in_threads(works, session.cluster.workers, lambda: _cancel(connections.values()))
         assert route.merge is not None
         return route.merge.merged(results, Finishing(next(iter(connections.values())), given, options))
 
 
-def _in_threads(works: dict[int, _Work], workers: ThreadPoolExecutor) -> dict[int, CursorResult[Any]]:
-    """Run all but the last in threads; wait for all, even when one fails: their connections are in use until then."""
+def _in_threads(
+    works: dict[int, _Work], workers: ThreadPoolExecutor, cancel: Callable[[], None]
+) -> dict[int, CursorResult[Any]]:
+    """Run all but the last in threads; wait for all, even when one fails: their connections are in use until then. What
+    the others do is of no use any more when the last has failed or is interrupted, so they are cancelled."""
     *others, (last_id, last) = works.items()
     futures: dict[int, Future[CursorResult[Any]]] = {}
     try:
         for shard_id, one in others:
             futures[shard_id] = workers.submit(one)
         last_result = last()
+    except BaseException:
+        cancel()
+        raise
     finally:
         wait_for(futures.values())
     return {**{shard_id: future.result() for shard_id, future in futures.items()}, last_id: last_result}
+
+
+def _cancel(connections: Iterable[Connection]) -> None:
+    """Ask the servers to end the statements that run on some connections."""
+    for connection in connections:
+        raw = connection.connection.driver_connection if not connection.invalidated else None
+        if raw is not None and raw.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            with suppress(psycopg.Error):
+                raw.cancel_safe(timeout=_CANCEL_SECONDS)
 
 
 async def _in_tasks(works: dict[int, _Work]) -> dict[int, CursorResult[Any]]:

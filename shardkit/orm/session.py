@@ -8,7 +8,7 @@ shard, so an object that was loaded before a move is refreshed and flushed where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,13 +16,13 @@ from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from shardkit.core.errors import UnroutableQuery, UsageError
+from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
 from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
-from . import bulk
+from . import bulk, partial
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
 from .keys import instance_position
@@ -53,8 +53,8 @@ class _Everywhere:
 class ShardSession(Session):
     """A SQLAlchemy session whose entities live on the shards of a cluster.
 
-    ``mode`` "single" lets a transaction write one shard and read any; "best_effort" lets it write several, which are
-    committed one after the other. Reads of several shards are no snapshot across them.
+    ``mode`` "single" lets a transaction write one shard and read any; "two_phase" lets it write several, all or none of
+    them; "best_effort" commits several one after the other. Reads of several shards are no snapshot across them.
     """
 
     def __init__(
@@ -85,14 +85,25 @@ class ShardSession(Session):
             self._shards = ShardTransaction(self)
         return self._shards
 
-    def provision(self, plan: Plan) -> Route:
-        """Hold every shard of a planned statement; where it runs."""
+    def provision(self, plan: Plan, options: Mapping[str, Any] | None = None) -> Route:
+        """Hold every shard of a planned statement; where it runs. Its execution options can say that shards which do
+        not answer are left out (`orm.partial`)."""
         shards = self.shards
-        return shards.provision(
+        option = partial.wanted(options)
+        away: dict[int, ShardUnreachable] = {}
+        route = shards.provision(
             lambda topology: plan.route(topology, prefer=shards.scope.participants),
             tables=plan.tables,
             writes=plan.writes,
+            away=away if option and not plan.writes else None,
         )
+        if not away:
+            return route
+        answering = {number: part for number, part in route.shards.items() if number not in away}
+        if not answering:
+            raise next(iter(away.values()))
+        partial.report(option, [str(error.fields["shard"]) for error in away.values()])
+        return route._replace(shards=answering)
 
     def provision_position(self, at: int, tables: tuple[ShardedTable, ...] = ()) -> Connection:
         """The connection to the shard that owns a position, behind its fence."""

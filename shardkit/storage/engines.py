@@ -23,6 +23,7 @@ from sqlalchemy.util.concurrency import await_
 from shardkit.core.errors import ShardkitError
 from shardkit.core.topology import Shard, Topology
 
+from .breaker import FAILURES, SECONDS, Breaker
 from .dialect import DRIVER, READ_IDENTITY, unfenced
 from .identity import ShardIdentity
 from .topologies import READ_COPY, READ_CURRENT
@@ -45,8 +46,13 @@ class Engines:
         cluster: UUID | None = None,
         is_async: bool = False,
         options: Mapping[str, Any] | None = None,
+        breaker_failures: int = FAILURES,
+        breaker_seconds: float = SECONDS,
     ) -> None:
         self.is_async = is_async
+        self._breakers: dict[tuple[int, str], Breaker] = {}
+        self._breaker_failures = breaker_failures
+        self._breaker_seconds = breaker_seconds
         self._catalog_url = catalog_url
         self._cluster = cluster
         self._options = dict(options or {})
@@ -63,6 +69,15 @@ class Engines:
             known = self._shards.get((shard.id, shard.url))
             if known is None:
                 known = self._shards[shard.id, shard.url] = self._make(shard)
+        return known
+
+    def breaker(self, shard: Shard) -> Breaker:
+        """The breaker of a shard; one for each URL that it has had."""
+        known = self._breakers.get((shard.id, shard.url))
+        if known is None:
+            # Of several threads that make one, one wins: setdefault is atomic.
+            made = Breaker(shard.name, failures=self._breaker_failures, seconds=self._breaker_seconds)
+            known = self._breakers.setdefault((shard.id, shard.url), made)
         return known
 
     def identity(self, shard: Shard) -> ShardIdentity:
