@@ -52,5 +52,3 @@ class Both:
     def in_use(self) -> int:
         """Connections that are in use now that all sessions are closed."""
         return self._checked_out() if self.kind == "sync" else self.checked_out
-
-

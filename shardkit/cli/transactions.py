@@ -101,9 +101,7 @@ def _show(topology: Topology, doubts: list[Doubt], away: list[str], as_json: boo
             for entry in entries
         ]
         if rows:
-            console.print(
-                table(("transaction", "state", "decided by", "prepared on", "age", "reason"), rows)
-            )
+            console.print(table(("transaction", "state", "decided by", "prepared on", "age", "reason"), rows))
         for shard in away:
             console.print(f"Shard {shard} does not answer.", soft_wrap=True)
         next_step(console, todo)

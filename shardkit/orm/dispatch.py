@@ -22,6 +22,7 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
+from . import partial
 from .routing import Parameters, Route, ShardPart
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Dispatch:
         """Run a statement where it belongs; as ``Connection.execute``."""
         session = self._session
         plan = session.cluster.planner.plan(statement, parameters or None, execution_options)
-        route = session.provision(plan, execution_options)
+        route = session.provision(plan, partial.wanted(statement, execution_options))
         options = execution_options or {}
         if plan.writes:
             options = {**options, WRITES: True}

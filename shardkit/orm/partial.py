@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
+
+from sqlalchemy import Executable
 
 from shardkit.core.errors import UsageError
 
@@ -43,11 +45,17 @@ class MissingShards(Collection[str]):
         self._names.update(names)
 
 
-def wanted(options: Mapping[str, Any] | None) -> MissingShards | bool:
-    """The option as it was given; `UsageError` for what it cannot be."""
+Missing = MissingShards | Literal[True] | None
+"""How shards that were left out are reported; None where none may be."""
+
+
+def wanted(statement: Executable, options: Mapping[str, Any] | None) -> Missing:
+    """The option of a call, else of its statement; `UsageError` for what it cannot be."""
     given = (options or {}).get(OPTION)
+    if given is None:
+        given = statement.get_execution_options().get(OPTION)
     if given is None or given is False:
-        return False
+        return None
     if given is True or isinstance(given, MissingShards):
         return given
     raise UsageError(
@@ -56,12 +64,10 @@ def wanted(options: Mapping[str, Any] | None) -> MissingShards | bool:
     )
 
 
-def report(option: MissingShards | bool, names: Collection[str]) -> None:
+def report(missing: Missing, names: Collection[str]) -> None:
     """Tell what is missing."""
-    if not names:
-        return
-    if isinstance(option, MissingShards):
-        option.note(names)
+    if isinstance(missing, MissingShards):
+        missing.note(names)
         return
     warnings.warn(
         f"The answer lacks the rows of {', '.join(sorted(names))}: not reachable.",

@@ -8,7 +8,7 @@ shard, so an object that was loaded before a move is refreshed and flushed where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -85,24 +85,23 @@ class ShardSession(Session):
             self._shards = ShardTransaction(self)
         return self._shards
 
-    def provision(self, plan: Plan, options: Mapping[str, Any] | None = None) -> Route:
-        """Hold every shard of a planned statement; where it runs. Its execution options can say that shards which do
-        not answer are left out (`orm.partial`)."""
+    def provision(self, plan: Plan, missing: partial.Missing = None) -> Route:
+        """Hold every shard of a planned statement; where it runs. A read can leave shards out that do not answer, and
+        reports them by ``missing`` (`orm.partial`)."""
         shards = self.shards
-        option = partial.wanted(options)
         away: dict[int, ShardUnreachable] = {}
         route = shards.provision(
             lambda topology: plan.route(topology, prefer=shards.scope.participants),
             tables=plan.tables,
             writes=plan.writes,
-            away=away if option and not plan.writes else None,
+            away=None if missing is None or plan.writes else away,
         )
         if not away:
             return route
         answering = {number: part for number, part in route.shards.items() if number not in away}
         if not answering:
             raise next(iter(away.values()))
-        partial.report(option, [str(error.fields["shard"]) for error in away.values()])
+        partial.report(missing, [str(error.fields["shard"]) for error in away.values()])
         return route._replace(shards=answering)
 
     def provision_position(self, at: int, tables: tuple[ShardedTable, ...] = ()) -> Connection:

@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, text
+import psycopg
+from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import await_
 
-from shardkit.core.errors import ShardkitError
+from shardkit.core.errors import ShardkitError, ShardUnreachable
 from shardkit.core.topology import Shard, Topology
 
 from .breaker import FAILURES, SECONDS, Breaker
@@ -93,8 +95,11 @@ class Engines:
         options["connect_args"] = {**arguments, **options.get("connect_args", {})}
         identity = self.identity(shard)
         if self.is_async:
-            return create_async_engine(url, shard=identity, **options).sync_engine
-        return create_engine(url, shard=identity, **options)
+            engine = create_async_engine(url, shard=identity, **options).sync_engine
+        else:
+            engine = create_engine(url, shard=identity, **options)
+        event.listen(engine, "handle_error", _name_the_lost)
+        return engine
 
     def pause(self, seconds: float) -> None:
         """Let time pass for whoever calls: this thread, or this task alone."""
@@ -155,3 +160,18 @@ class Engines:
             self._shards.clear()
         for engine in engines:
             engine.dispose()
+
+
+def _name_the_lost(context: ExceptionContext) -> ShardUnreachable | None:
+    """A connection lost in a statement: the shard by its name, and that nothing was committed."""
+    if not context.is_disconnect or context.statement is None or context.engine is None:
+        return None
+    if not isinstance(context.original_exception, psycopg.Error):
+        return None  # an interruption, after which the connection is given up as well
+    name = context.engine.dialect.shard.name  # type: ignore[attr-defined]
+    reason = (str(context.original_exception).strip().splitlines() or [""])[0]
+    return ShardUnreachable(
+        f"Shard {name} was lost under a transaction, of which nothing was committed: {reason}",
+        hint="Roll back and run the unit of work again.",
+        shard=name,
+    )

@@ -204,7 +204,10 @@ def test_a_snapshot_older_than_what_came_is_run_again(sharded: ShardedCluster, k
     sharded.admin("s1").execute("INSERT INTO public.users (id, name, score) VALUES (%s, 'x', 0)", (moving,))
     attempts: list[int] = []
 
-    with sharded.connect(isolation_level="REPEATABLE READ") as cluster, arriving(sharded, moving, "s0") as cut_over:
+    with (
+        sharded.connect(isolation_level="REPEATABLE READ") as cluster,
+        arriving(sharded, moving, "s0") as cut_over,
+    ):
 
         def work(session: Session) -> str:
             attempts.append(1)

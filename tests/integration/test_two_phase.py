@@ -125,7 +125,10 @@ def test_several_shards_are_written(sharded: ShardedCluster, both: Both, keys: l
         session.rollback()
 
     both.run(work, mode="two_phase")
-    assert sharded.holding("SELECT FROM public.users u JOIN public.posts p ON u.id = user_id AND u.name = 'y'") == ALL
+    assert (
+        sharded.holding("SELECT FROM public.users u JOIN public.posts p ON u.id = user_id AND u.name = 'y'")
+        == ALL
+    )
     assert both.in_use() == 0
 
 
@@ -162,9 +165,7 @@ def test_one_writer_is_committed_in_one_phase(
 # --- something fails before the decision ---------------------------------------------------------------------------
 
 
-def test_a_constraint_that_fails_at_prepare(
-    sharded: ShardedCluster, both: Both, keys: list[int]
-) -> None:
+def test_a_constraint_that_fails_at_prepare(sharded: ShardedCluster, both: Both, keys: list[int]) -> None:
     sharded.admin("s2").execute(
         "ALTER TABLE public.posts ALTER CONSTRAINT posts_user_id_fkey DEFERRABLE INITIALLY DEFERRED"
     )
@@ -209,7 +210,12 @@ def test_a_failed_statement_that_was_swallowed(
 
 @pytest.mark.parametrize(("lost", "point"), [("s1", "noted"), ("s2", "prepared"), ("s0", "noted")])
 def test_a_shard_that_is_lost_before_the_decision(
-    sharded: ShardedCluster, both: Both, keys: list[int], monkeypatch: pytest.MonkeyPatch, lost: str, point: str
+    sharded: ShardedCluster,
+    both: Both,
+    keys: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+    point: str,
 ) -> None:
     at(monkeypatch, point, lambda: kill(sharded, lost))
 
@@ -239,9 +245,7 @@ def test_a_reader_that_was_lost(sharded: ShardedCluster, both: Both, keys: list[
     assert both.in_use() == 0
 
 
-def test_a_server_that_prepares_nothing(
-    kind: Kind, sharded: ShardedCluster, new_cluster: NewCluster
-) -> None:
+def test_a_server_that_prepares_nothing(kind: Kind, sharded: ShardedCluster, new_cluster: NewCluster) -> None:
     del sharded
     server = new_cluster(settings={"max_prepared_transactions": 0})
     urls = [server.create_database(name) for name in ("catalog", "s0", "s1")]
