@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _Work = Callable[[], CursorResult[Any]]
 _CANCEL_SECONDS = 5.0
+_CANCEL_PAUSE = 0.02
 
 
 class Finishing:
@@ -136,11 +137,12 @@ def _in_threads(
         for shard_id, one in others:
             futures[shard_id] = workers.submit(one)
         last_result = last()
-    except BaseException:
-        cancel()
-        raise
-    finally:
         wait_for(futures.values())
+    except BaseException:
+        # Again and again: one of them may only be about to send its statement.
+        while wait_for(futures.values(), timeout=_CANCEL_PAUSE).not_done:
+            cancel()
+        raise
     return {**{shard_id: future.result() for shard_id, future in futures.items()}, last_id: last_result}
 
 

@@ -292,6 +292,7 @@ def test_an_interruption(
 ) -> None:
     """Ctrl-C while statements wait, on one shard or on several at the same time."""
     both = Both(kind, cluster)
+    both.run(lambda session: session.scalars(select(User)).all())  # connections are there
     first = set(ALL if work is all_ else ["s0"])
 
     def interrupt() -> None:
@@ -306,6 +307,28 @@ def test_an_interruption(
         thread.join()
         check_clean(sharded, both)
     assert sharded.holding("SELECT FROM public.posts") == []
+    assert both.run(lambda session: len(session.scalars(select(User)).all())) == 3
+
+
+@both_kinds
+@pytest.mark.parametrize("held", ALL)
+def test_an_interruption_while_one_of_several_waits(
+    sharded: ShardedCluster, kind: Kind, keys: list[int], cluster: shardkit.ShardCluster, held: str
+) -> None:
+    """Whichever thread runs it."""
+    both = Both(kind, cluster)
+
+    def interrupt() -> None:
+        until(lambda: waiting(sharded) == [held], "the statement to wait")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with locked(sharded, [held]):
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            both.run(lambda session: all_(session, keys))
+        thread.join()
+        check_clean(sharded, both)
     assert both.run(lambda session: len(session.scalars(select(User)).all())) == 3
 
 

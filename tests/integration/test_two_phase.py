@@ -19,7 +19,7 @@ from shardkit.core.errors import (
     ShardUnreachable,
     TransactionGivenUp,
 )
-from shardkit.storage import indoubt, twophase
+from shardkit.storage import indoubt, membership, twophase
 from shardkit.storage.connections import ShardConnections
 from shardkit.storage.guard import GuardedAsyncConnection, GuardedConnection
 from shardkit.storage.indoubt import Doubt, State
@@ -259,6 +259,29 @@ def test_a_server_that_prepares_nothing(kind: Kind, sharded: ShardedCluster, new
         assert other.holding(USERS) == []
     finally:
         other.close()
+
+
+def test_a_shard_of_an_older_shardkit(sharded: ShardedCluster, both: Both, keys: list[int]) -> None:
+    """It is told, and `shardkit init` brings the shards up to date."""
+    admin = sharded.admin("s0")
+    admin.execute("DROP TABLE shardkit.decision")
+    admin.execute(
+        "UPDATE shardkit.alembic_version SET version_num = 'shard_0001' WHERE version_num ~ '^shard_'"
+    )
+    try:
+
+        def work(session: Session) -> None:
+            with pytest.raises(IncompatibleServer, match=r"s0.*nothing was committed") as raised:
+                write(session, keys)
+            assert "shardkit init" in (raised.value.hint or "")
+
+        both.run(work, mode="two_phase")
+        for name in ALL[1:]:
+            assert sharded.query(name, PREPARED) == sharded.query(name, USERS) == []
+    finally:
+        membership.initialise(sharded.catalog_url)
+    both.run(lambda session: write(session, keys), mode="two_phase")
+    assert sharded.holding(USERS) == ALL
 
 
 # --- the decision and after it ---------------------------------------------------------------------------------------
