@@ -15,17 +15,19 @@ from shardkit.core.placement import plan
 from shardkit.core.topology import Shard, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import fence, migrate, tables
+from shardkit.storage import fence, indoubt, migrate, tables
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
 
 from . import jobs
 from .leftovers import leftovers
-from .output import count
+from .output import count, duration
 from .reach import reach
 
 CATALOG = "catalog"
+PREPARED_SECONDS = 5.0
+"""For so long no transaction that lives is being committed."""
 RESUME = "`shardkit rebalance resume` settles it."
 
 
@@ -304,6 +306,20 @@ def _leftovers(view: View) -> Iterator[Finding]:
         yield view.ok("leftovers", "none")
 
 
+def _transactions(view: View) -> Iterator[Finding]:
+    left = [
+        part for part in indoubt.parts(view.connection, view.shard) if part.age_seconds > PREPARED_SECONDS
+    ]
+    for part in left:
+        yield view.problem(
+            "transactions",
+            f"{part.name}, which wrote several shards, has been prepared for {duration(part.age_seconds)}",
+            "`shardkit transactions recover` ends what a crash left.",
+        )
+    if not left:
+        yield view.ok("transactions", "none is in doubt")
+
+
 def _tables(view: View) -> Iterator[Finding]:
     for table in view.topology.tables:
         here = tables.describe(view.connection, table)
@@ -325,5 +341,6 @@ CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
     ("copy", _copy),
     ("in transit", _in_transit),
     ("leftovers", _leftovers),
+    ("transactions", _transactions),
     ("tables", _tables),
 )

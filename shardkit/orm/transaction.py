@@ -208,6 +208,9 @@ class ShardTransaction:
             raise ShardUnreachable(
                 f"Shard {shard.name} does not answer: {_first_line(away.error.orig)}", shard=shard.name
             ) from away.error
+        except ShardUnreachable:  # lost while the engine got to know it
+            breaker.failed()
+            raise
         except BaseException:
             breaker.gave_up()
             raise

@@ -8,7 +8,7 @@ the driver name ``postgresql+shardkit``; `storage.engines` does that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, cast
 from uuid import UUID
@@ -36,7 +36,7 @@ from shardkit.core.errors import (
 from shardkit.core.ring import position
 
 from .answers import AnsweringDialect
-from .guard import INERROR, Guard, GuardedAsyncConnection, GuardedConnection
+from .guard import IDLE, INERROR, Guard, GuardedAsyncConnection, GuardedConnection
 from .identity import ShardIdentity
 from .scope import Scope
 from .servers import VECTORS
@@ -133,6 +133,17 @@ class _GuardedDialect(AnsweringDialect):
 
     def do_commit(self, dbapi_connection: Any) -> None:
         raw = self._raw(dbapi_connection)
+        try:
+            self._end(dbapi_connection, raw)
+        except BaseException:
+            # SQLAlchemy takes a COMMIT that failed for an end, and would give the pool what is still open.
+            if not raw.closed and raw.pgconn.transaction_status != IDLE:
+                with suppress(psycopg.Error):
+                    self._run(raw.rollback())
+                raw.left()
+            raise
+
+    def _end(self, dbapi_connection: Any, raw: Any) -> None:
         if raw.ended:
             raw.left()
         elif raw.scope is not None and raw.scope.failed:

@@ -12,7 +12,7 @@ Can be interrupted anywhere and run by several at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -90,7 +90,7 @@ def find(topology: Topology, shards: ShardConnections, only: Collection[int] | N
         if only is not None and shard.id not in only:
             continue
         with suppress(ShardUnreachable, psycopg.OperationalError):
-            for part in _parts(shards.get(shard), shard):
+            for part in parts(shards.get(shard), shard):
                 gid, decider, _ = part.parsed
                 found.setdefault(gid, Doubt(gid, decider, [])).parts.append(part)
     return list(found.values())
@@ -131,6 +131,14 @@ def is_prepared_part(name: str | None) -> bool:
     return name is not None and parse(name) is not None
 
 
+def parts(connection: Connection, shard: Shard) -> Iterator[Part]:
+    """The prepared parts of transactions over several shards on one of them, oldest first."""
+    for name, owner, age in connection.execute(_PREPARED):
+        parsed = parse(name)
+        if parsed is not None:
+            yield Part(name, parsed, shard, owner, age)
+
+
 # --- one transaction -----------------------------------------------------------------------------------------------
 
 
@@ -149,13 +157,6 @@ class _told:
         self._doubt.state = State.UNKNOWN
         self._doubt.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return True
-
-
-def _parts(connection: Connection, shard: Shard) -> Iterable[Part]:
-    for name, owner, age in connection.execute(_PREPARED):
-        parsed = parse(name)
-        if parsed is not None:
-            yield Part(name, parsed, shard, owner, age)
 
 
 def _decider(topology: Topology, shards: ShardConnections, doubt: Doubt) -> Connection | None:
@@ -228,7 +229,7 @@ def _forget(topology: Topology, shards: ShardConnections) -> None:
     prepared: dict[int, set[str]] = {}
     for shard in topology.shards:
         with suppress(ShardUnreachable, psycopg.Error):
-            prepared[shard.id] = {part.parsed.gid for part in _parts(shards.get(shard), shard)}
+            prepared[shard.id] = {part.parsed.gid for part in parts(shards.get(shard), shard)}
     left = set[str]().union(*prepared.values())
     for shard_id, listed in rows.items():
         # A shard that has left the cluster had to be closed before, and nothing is prepared on a closed shard.

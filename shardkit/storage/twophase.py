@@ -69,7 +69,7 @@ _NOTE = sql.SQL(
 _PREPARE = sql.SQL("PREPARE TRANSACTION {}")
 _COMMIT = sql.SQL("COMMIT PREPARED {}")
 _ROLLBACK = sql.SQL("ROLLBACK PREPARED {}")
-_LOOK = sql.SQL("SELECT FROM shardkit.decision WHERE gid = {}")
+_LOOK = sql.SQL("SELECT FROM shardkit.decision WHERE gid = {} AND outcome = 'commit'")
 # A row that comes back after a crash does no harm: it is found and removed by `indoubt.recover`.
 _FORGET = sql.SQL(
     "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL synchronous_commit TO off; "
@@ -104,13 +104,19 @@ class Ending:
             self._abandon()
             raise
         self._decide()
-        failpoint("two_phase.decided")
-        self._finish()
+        try:
+            failpoint("two_phase.decided")
+        finally:
+            self._finish()
 
     # --- before the decision ---------------------------------------------------------------------------------------
 
     def _note(self) -> None:
         decider = self._decider
+        if decider.pgconn.transaction_status == pq.TransactionStatus.INERROR:
+            raise errors.InFailedSqlTransaction(
+                f"a statement failed on shard {decider.shard_name} in this transaction; nothing is committed"
+            )
         participants = [other.shard_id for other in self._others]
         try:
             self._command(decider, _NOTE.format(sql.Literal(self._gid), sql.Literal(participants)))
@@ -204,17 +210,23 @@ class Ending:
         self._decider.ended = True
         for other in self._others:
             other.ended = True
-            failpoint("two_phase.finishing")
-            try:
-                self._commit_prepared(other)
-                self._scope.committed.append(other.shard_name)
-            except psycopg.Error as error:
+            for _ in range(2):
+                try:
+                    failpoint("two_phase.finishing")
+                    if other.shard_name not in self._scope.committed:
+                        self._commit_prepared(other)
+                        self._scope.committed.append(other.shard_name)
+                    failpoint("two_phase.finished")
+                except psycopg.Error as error:
+                    cause = error
+                except BaseException as error:
+                    interrupted = error
+                    continue  # once more: it may have been done or not
+                break
+            if other.shard_name not in self._scope.committed:
                 pending.append(other.shard_name)
-                cause = error
-            except BaseException as error:
-                pending.append(other.shard_name)
-                interrupted = error
-            failpoint("two_phase.finished")
+        if not pending:
+            self._forget()
         if interrupted is not None:
             raise interrupted
         if pending:
@@ -223,7 +235,6 @@ class Ending:
                 committed=list(self._scope.committed),
                 pending=pending,
             ) from cause
-        self._forget()
 
     def _commit_prepared(self, other: Any) -> None:
         for _ in range(_BUSY_TRIES):

@@ -153,8 +153,13 @@ def test_a_read_shard_that_died_stops_the_commit(frail: Frail, kind: Kind, mode:
             frail.server.kill()
             with pytest.raises(ShardUnreachable, match="s1"):
                 session.commit()
+            session.rollback()
+            for name in ("s0", "s2"):
+                assert frail.sharded.query(name, OTHERS) == []
 
-        Both(kind, cluster).run(work, mode=mode)
+        both = Both(kind, cluster)
+        both.run(work, mode=mode)
+        assert both.in_use() == 0
     for name in ("s0", "s2"):
         assert frail.sharded.query(name, "SELECT id FROM public.posts") == [(1,)]
         assert frail.sharded.query(name, "SELECT gid FROM pg_prepared_xacts WHERE gid ~ '^shardkit'") == []

@@ -21,6 +21,7 @@ from shardkit.core.errors import (
 )
 from shardkit.storage import indoubt, membership, twophase
 from shardkit.storage.connections import ShardConnections
+from shardkit.storage.dialect import _GuardedDialect
 from shardkit.storage.guard import GuardedAsyncConnection, GuardedConnection
 from shardkit.storage.indoubt import Doubt, State
 from tests.both import Both, Kind, both_kinds
@@ -30,6 +31,10 @@ from tests.sharded import Post, ShardedCluster, User, affected
 ALL = ["s0", "s1", "s2"]
 USERS = "SELECT id FROM public.users"
 PREPARED = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
+OPEN = """
+SELECT pid FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'shardkit' AND state <> 'idle'
+"""
 DECISIONS = "SELECT gid FROM shardkit.decision"
 
 pytestmark = both_kinds
@@ -47,10 +52,12 @@ def keys(sharded: ShardedCluster) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(sharded: ShardedCluster) -> Iterator[None]:
+def _nothing_is_left(both: Both, sharded: ShardedCluster) -> Iterator[None]:
     yield
+    assert both.in_use() == 0
     assert sharded.holding(PREPARED) == []
     assert sharded.holding(DECISIONS) == []
+    assert sharded.holding(OPEN) == []
 
 
 @pytest.fixture
@@ -129,7 +136,6 @@ def test_several_shards_are_written(sharded: ShardedCluster, both: Both, keys: l
         sharded.holding("SELECT FROM public.users u JOIN public.posts p ON u.id = user_id AND u.name = 'y'")
         == ALL
     )
-    assert both.in_use() == 0
 
 
 def test_readers_end_first_and_are_not_prepared(
@@ -205,7 +211,6 @@ def test_a_failed_statement_that_was_swallowed(
 
     both.run(work, mode="two_phase")
     assert sharded.holding(USERS) == []
-    assert both.in_use() == 0
 
 
 @pytest.mark.parametrize(("lost", "point"), [("s1", "noted"), ("s2", "prepared"), ("s0", "noted")])
@@ -242,7 +247,6 @@ def test_a_reader_that_was_lost(sharded: ShardedCluster, both: Both, keys: list[
 
     both.run(work, mode="two_phase")
     assert sharded.holding(USERS) == []
-    assert both.in_use() == 0
 
 
 def test_a_server_that_prepares_nothing(kind: Kind, sharded: ShardedCluster, new_cluster: NewCluster) -> None:
@@ -276,8 +280,7 @@ def test_a_shard_of_an_older_shardkit(sharded: ShardedCluster, both: Both, keys:
             assert "shardkit init" in (raised.value.hint or "")
 
         both.run(work, mode="two_phase")
-        for name in ALL[1:]:
-            assert sharded.query(name, PREPARED) == sharded.query(name, USERS) == []
+        assert sharded.holding(USERS) == sharded.holding(PREPARED) == []
     finally:
         membership.initialise(sharded.catalog_url)
     both.run(lambda session: write(session, keys), mode="two_phase")
@@ -378,11 +381,32 @@ def test_an_interruption(
     at(monkeypatch, point, interrupt)
     with pytest.raises(error):
         both.run(lambda session: write(session, keys), mode="two_phase")
-    if point not in UNDECIDED:
-        recover(sharded)
     assert sharded.holding(PREPARED) == []
     assert sharded.holding(USERS) == ([] if point in UNDECIDED else ALL)
-    assert both.in_use() == 0
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_an_interruption_of_the_decision_itself(
+    sharded: ShardedCluster, both: Both, keys: list[int], monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    """It is found out what the server made of it. One who recovers at that moment changes nothing."""
+    error = KeyboardInterrupt if both.kind == "sync" else asyncio.CancelledError
+    commit = _GuardedDialect._commit_writer
+    seen: list[State] = []
+
+    def interrupted(self: _GuardedDialect, raw: Any) -> None:
+        if committed:
+            commit(self, raw)
+        else:
+            self._run(raw.rollback())
+            seen.extend(doubt.state for doubt in recover(sharded))
+        raise error
+
+    monkeypatch.setattr(_GuardedDialect, "_commit_writer", interrupted)
+    with pytest.raises(error):
+        both.run(lambda session: write(session, keys), mode="two_phase")
+    assert seen == ([] if committed else [State.GIVEN_UP])
+    assert sharded.holding(USERS) == (ALL if committed else [])
 
 
 # --- moves -----------------------------------------------------------------------------------------------------------
