@@ -10,7 +10,9 @@ from shardkit.orm.cluster import ShardCluster, connect
 from shardkit.orm.declare import sharded
 from shardkit.orm.explaining import Explanation, explain
 from shardkit.orm.ids import lease_ids, slot_id
+from shardkit.orm.partial import MissingShards, PartialResultWarning
 from shardkit.orm.places import home, reference
+from shardkit.orm.retrying import retrying
 from shardkit.orm.scatterpolicy import ScatterWarning
 from shardkit.orm.session import ShardAsyncSession, ShardSession
 
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "HashRing",
+    "MissingShards",
+    "PartialResultWarning",
     "Ring",
     "ScatterWarning",
     "ShardAsyncSession",
@@ -32,6 +36,7 @@ __all__ = [
     "lease_ids",
     "position",
     "reference",
+    "retrying",
     "sharded",
     "slot_id",
 ]

@@ -15,18 +15,20 @@ from shardkit.core.placement import plan
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import fence, migrate, references, tables
+from shardkit.storage import fence, indoubt, migrate, references, tables
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
 
 from . import jobs
 from .leftovers import leftovers
-from .output import count
+from .output import count, duration
 from .reach import reach
 from .sameness import differing
 
 CATALOG = "catalog"
+PREPARED_SECONDS = 5.0
+"""For so long no transaction that lives is being committed."""
 RESUME = "`shardkit rebalance resume` settles it."
 
 
@@ -252,7 +254,7 @@ def _identity(view: View) -> Iterator[Finding]:
         yield view.problem(
             "identity",
             "its tables in schema shardkit are of an older shardkit",
-            "Install that version of shardkit.",
+            "`shardkit init` brings it up to date.",
         )
     else:
         yield view.ok("identity", f"shard id {view.shard.id} of this cluster")
@@ -333,6 +335,20 @@ def _leftovers(view: View) -> Iterator[Finding]:
         yield view.ok("leftovers", "none")
 
 
+def _transactions(view: View) -> Iterator[Finding]:
+    left = [
+        part for part in indoubt.parts(view.connection, view.shard) if part.age_seconds > PREPARED_SECONDS
+    ]
+    for part in left:
+        yield view.problem(
+            "transactions",
+            f"{part.name}, which wrote several shards, has been prepared for {duration(part.age_seconds)}",
+            "`shardkit transactions recover` ends what a crash left.",
+        )
+    if not left:
+        yield view.ok("transactions", "none is in doubt")
+
+
 def _tables(view: View) -> Iterator[Finding]:
     for table in view.topology.declared_tables.values():
         if isinstance(table, HomeTable):
@@ -371,5 +387,6 @@ CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
     ("copy", _copy),
     ("in transit", _in_transit),
     ("leftovers", _leftovers),
+    ("transactions", _transactions),
     ("tables", _tables),
 )

@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def init(catalog: CatalogUrl, as_json: AsJson = False) -> None:
-    """Make the catalog in a database, or bring an older one up to date.
+    """Make the catalog in a database, or bring an older one and its shards up to date.
 
     The database must exist; it may be one of the shards. Run again, it changes nothing.
     """

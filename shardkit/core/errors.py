@@ -239,7 +239,7 @@ class IdMismatch(Refused):
 class CrossShardWrite(Refused):
     """This transaction would write to a second shard.
 
-    Commit first, or keep the entities written together under one shard key.
+    Commit first, keep the entities written together under one shard key, or use the mode "two_phase".
     """
 
 
@@ -402,7 +402,21 @@ class CommitUnknown(RetryLater):
 class PartlyCommitted(ShardkitError):
     """A transaction that wrote to several shards was committed on some of them only.
 
-    Look for what it wrote before you do it again; in mode "single" this cannot happen.
+    Look for what it wrote before you do it again; in the modes "single" and "two_phase" this cannot happen.
+    """
+
+
+class CommitPending(ShardkitError):
+    """The transaction is committed, but a shard that it wrote does not show it yet, as its connection was lost.
+
+    Do not do it again: `shardkit transactions recover` brings it to light, and so does the next move.
+    """
+
+
+class TransactionGivenUp(RetryLater):
+    """This transaction was taken for dead and given up before it could commit; nothing was committed.
+
+    Run the unit of work again.
     """
 
 

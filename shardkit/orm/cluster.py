@@ -22,6 +22,7 @@ from sqlalchemy.util.concurrency import greenlet_spawn
 from shardkit.core.errors import NotInitialised, ShardkitError, ShardUnreachable, UsageError
 from shardkit.core.topology import DeclaredTable, HomeTable, Topology
 from shardkit.storage import membership
+from shardkit.storage.breaker import FAILURES, SECONDS
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections, connect_catalog, value
 from shardkit.storage.dialect import DRIVER
@@ -53,6 +54,8 @@ class ShardCluster:
         *,
         cluster: UUID | None = None,
         settle_seconds: float = SETTLE_SECONDS,
+        breaker_failures: int = FAILURES,
+        breaker_seconds: float = SECONDS,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.catalog_url = catalog_url
@@ -61,8 +64,17 @@ class ShardCluster:
         self.ids = IdLeases(catalog_url)
         options = dict(engine_options or {})
         options["execution_options"] = {**options.get("execution_options", {}), LEASES: self.ids}
-        self.engines = Engines(catalog_url, cluster=cluster, options=options)
-        self.async_engines = Engines(catalog_url, cluster=cluster, options=options, is_async=True)
+        self.engines, self.async_engines = (
+            Engines(
+                catalog_url,
+                cluster=cluster,
+                options=options,
+                is_async=is_async,
+                breaker_failures=breaker_failures,
+                breaker_seconds=breaker_seconds,
+            )
+            for is_async in (False, True)
+        )
         self.dialect: Dialect = create_engine(f"{DRIVER}://").dialect
         self.planner = Planner(self.dialect, ids=self.ids)
         self.workers = _workers()
@@ -174,14 +186,20 @@ def _workers() -> ThreadPoolExecutor:
 
 
 def connect(
-    url: str, *others: str, settle_seconds: float = SETTLE_SECONDS, **engine_options: Any
+    url: str,
+    *others: str,
+    settle_seconds: float = SETTLE_SECONDS,
+    breaker_failures: int = FAILURES,
+    breaker_seconds: float = SECONDS,
+    **engine_options: Any,
 ) -> ShardCluster:
     """The cluster of a catalog.
 
     ``url`` is the catalog's; ``others`` are URLs of shards, asked for their copy when the catalog does not answer.
-    ``settle_seconds`` is how long a session waits for a change of topology to settle. ``engine_options`` go to
-    ``create_engine`` for each shard (``pool_size``, ``echo``, ...). Raises `UsageError`, `CatalogUnreachable`,
-    `NotInitialised`.
+    ``settle_seconds`` is how long a session waits for a change of topology to settle. A shard that did not answer
+    ``breaker_failures`` times in a row is not asked, its keys fail at once, but for one try every ``breaker_seconds``.
+    ``engine_options`` go to ``create_engine`` for each shard (``pool_size``, ``echo``, ...). Raises `UsageError`,
+    `CatalogUnreachable`, `NotInitialised`.
     """
     if engine_options.get("isolation_level") == "AUTOCOMMIT":
         raise UsageError("Statements on shards run in transactions, never in autocommit.")
@@ -193,7 +211,13 @@ def connect(
             problem = problem or error
             continue
         return ShardCluster(
-            topology, url, cluster=cluster, settle_seconds=settle_seconds, engine_options=engine_options
+            topology,
+            url,
+            cluster=cluster,
+            settle_seconds=settle_seconds,
+            breaker_failures=breaker_failures,
+            breaker_seconds=breaker_seconds,
+            engine_options=engine_options,
         )
     assert problem is not None
     raise problem

@@ -11,15 +11,18 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
-from . import replicated, scatterpolicy
+from . import partial, replicated, scatterpolicy
 from .routing import Parameters, Route, ShardPart
 from .whole import EveryShardPlan
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from .session import ShardSession
 
 _Work = Callable[[], CursorResult[Any]]
+_CANCEL_SECONDS = 5.0
+_CANCEL_PAUSE = 0.02
 
 
 class Finishing:
@@ -84,7 +89,7 @@ class Dispatch:
         plan = session.cluster.planner.plan(statement, parameters or None, options)
         if plan.everywhere:
             scatterpolicy.met(statement, plan.reason, options.get(scatterpolicy.SCATTER, session.scatter))
-        route = session.provision(plan)
+        route = session.provision(plan, partial.wanted(options))
         if plan.writes:
             options = {**options, WRITES: True}
         if route.merge is None:
@@ -122,22 +127,38 @@ class Dispatch:
         if session.engines.is_async:
             results = await_(_in_tasks(works))
         else:
-            results = _in_threads(works, session.cluster.workers)
+            results = _in_threads(works, session.cluster.workers, lambda: _cancel(connections.values()))
         assert route.merge is not None
         return route.merge.merged(results, Finishing(next(iter(connections.values())), given, options))
 
 
-def _in_threads(works: dict[int, _Work], workers: ThreadPoolExecutor) -> dict[int, CursorResult[Any]]:
-    """Run all but the last in threads; wait for all, even when one fails: their connections are in use until then."""
+def _in_threads(
+    works: dict[int, _Work], workers: ThreadPoolExecutor, cancel: Callable[[], None]
+) -> dict[int, CursorResult[Any]]:
+    """Run all but the last in threads; wait for all, even when one fails: their connections are in use until then. What
+    the others do is of no use any more when the last has failed or is interrupted, so they are cancelled."""
     *others, (last_id, last) = works.items()
     futures: dict[int, Future[CursorResult[Any]]] = {}
     try:
         for shard_id, one in others:
             futures[shard_id] = workers.submit(one)
         last_result = last()
-    finally:
         wait_for(futures.values())
+    except BaseException:
+        # Again and again: one of them may only be about to send its statement.
+        while wait_for(futures.values(), timeout=_CANCEL_PAUSE).not_done:
+            cancel()
+        raise
     return {**{shard_id: future.result() for shard_id, future in futures.items()}, last_id: last_result}
+
+
+def _cancel(connections: Iterable[Connection]) -> None:
+    """Ask the servers to end the statements that run on some connections."""
+    for connection in connections:
+        raw = connection.connection.driver_connection if not connection.invalidated else None
+        if raw is not None and raw.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            with suppress(psycopg.Error):
+                raw.cancel_safe(timeout=_CANCEL_SECONDS)
 
 
 async def _in_tasks(works: dict[int, _Work]) -> dict[int, CursorResult[Any]]:

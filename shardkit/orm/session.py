@@ -16,13 +16,13 @@ from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from shardkit.core.errors import UnroutableQuery, UsageError
+from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
 from shardkit.core.ring import position
 from shardkit.core.topology import DeclaredTable
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
-from . import bulk, replicated
+from . import bulk, partial, replicated
 from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
@@ -56,9 +56,10 @@ class _Everywhere:
 class ShardSession(Session):
     """A SQLAlchemy session whose entities live on the shards of a cluster.
 
-    ``mode`` "single" lets a transaction write one shard and read any; "best_effort" lets it write several, which are
-    committed one after the other. Reads of several shards are no snapshot across them. ``scatter`` says what is done
-    about statements that ask all shards: "allow", "warn" or "refuse"; so does the execution option of that name.
+    ``mode`` "single" lets a transaction write one shard and read any; "two_phase" lets it write several, all or none of
+    them; "best_effort" commits several one after the other. Reads of several shards are no snapshot across them.
+    ``scatter`` says what is done about statements that ask all shards: "allow", "warn" or "refuse"; so does the
+    execution option of that name.
     """
 
     def __init__(
@@ -96,16 +97,26 @@ class ShardSession(Session):
             self._shards = ShardTransaction(self)
         return self._shards
 
-    def provision(self, plan: Plan) -> Route:
-        """Hold every shard of a planned statement; where it runs."""
+    def provision(self, plan: Plan, missing: partial.Missing = None) -> Route:
+        """Hold every shard of a planned statement; where it runs. A read can leave shards out that do not answer, and
+        reports them by ``missing`` (`orm.partial`)."""
         if isinstance(plan, EveryShardPlan):
             replicated.admit(self.mode, plan.target)
         shards = self.shards
-        return shards.provision(
+        away: dict[int, ShardUnreachable] = {}
+        route = shards.provision(
             lambda topology: plan.route(topology, prefer=shards.scope.participants),
             tables=plan.tables,
             writes=plan.writes,
+            away=None if missing is None or plan.writes else away,
         )
+        if not away:
+            return route
+        answering = {number: part for number, part in route.shards.items() if number not in away}
+        if not answering:
+            raise next(iter(away.values()))
+        partial.report(missing, [str(error.fields["shard"]) for error in away.values()])
+        return route._replace(shards=answering)
 
     def provision_position(self, at: int, tables: tuple[DeclaredTable, ...] = ()) -> Connection:
         """The connection to the shard that owns a position, behind its fence."""

@@ -62,10 +62,16 @@ class ShardTransaction:
         """Execution options for the connections that are opened next."""
 
     def provision(
-        self, route: Callable[[Topology], R], *, tables: Collection[DeclaredTable] = (), writes: bool = False
+        self,
+        route: Callable[[Topology], R],
+        *,
+        tables: Collection[DeclaredTable] = (),
+        writes: bool = False,
+        away: dict[int, ShardUnreachable] | None = None,
     ) -> R:
         """The route under one topology that holds ``tables``, every shard of it held. Nothing was sent but guards.
 
+        A shard that does not answer is noted in ``away`` and left out, if that is given.
         Raises `TopologyChanged`, `TopologyUnsettled`, `ShardUnreachable`, `UndeclaredTable`, and `CrossShardWrite`
         before any shard is opened for it.
         """
@@ -76,10 +82,14 @@ class ShardTransaction:
                 if writes:
                     self._admit(found.shards, topology)
                 return found
-        return self._provision(route, tables, writes)
+        return self._provision(route, tables, writes, away)
 
     def _provision(
-        self, route: Callable[[Topology], R], tables: Collection[DeclaredTable], writes: bool
+        self,
+        route: Callable[[Topology], R],
+        tables: Collection[DeclaredTable],
+        writes: bool,
+        away: dict[int, ShardUnreachable] | None,
     ) -> R:
         topology = self.topology or self._cluster.router.topology
         waiting = _Waiting(self._engines.pause, self._cluster.settle_seconds)
@@ -91,9 +101,11 @@ class ShardTransaction:
                 self._admit(found.shards, topology)
             try:
                 self._hold_opened(topology, waiting)
+                if away is not None:
+                    away.clear()
                 for shard_id in sorted(found.shards):
                     if shard_id not in self.scope.participants:
-                        self._open(topology.by_id[shard_id], topology, waiting)
+                        self._open_or_note(topology.by_id[shard_id], topology, waiting, away)
             except StaleFence as stale:
                 topology = self._after(stale, topology, waiting)
             except _Moved as moved:
@@ -170,8 +182,43 @@ class ShardTransaction:
         else:
             self._run(raw.rebegin(guard))
 
+    def _open_or_note(
+        self, shard: Shard, topology: Topology, waiting: _Waiting, away: dict[int, ShardUnreachable] | None
+    ) -> None:
+        try:
+            self._open(shard, topology, waiting)
+        except ShardUnreachable as error:
+            if away is None:
+                raise
+            away[shard.id] = error
+
     def _open(self, shard: Shard, topology: Topology, waiting: _Waiting) -> None:
-        """Begin on a shard, behind its fence, in the outermost transaction."""
+        """Begin on a shard, behind its fence, in the outermost transaction; `ShardUnreachable` at once where it has not
+        answered for some time."""
+        breaker = self._engines.breaker(shard)
+        breaker.admit()
+        try:
+            self._begin(shard, waiting)
+        except StaleFence:
+            breaker.succeeded()
+            raise
+        except _Away as away:
+            breaker.failed()
+            newer = self._cluster.router.without(shard, topology.version, self._engines)
+            if newer is not None:
+                raise _Moved(newer) from away.error
+            raise ShardUnreachable(
+                f"Shard {shard.name} does not answer: {_first_line(away.error.orig)}", shard=shard.name
+            ) from away.error
+        except ShardUnreachable:  # lost while the engine got to know it
+            breaker.failed()
+            raise
+        except BaseException:
+            breaker.gave_up()
+            raise
+        breaker.succeeded()
+
+    def _begin(self, shard: Shard, waiting: _Waiting) -> None:
         engine = self._engines.shard(shard)
         fresh = False
         while True:
@@ -186,12 +233,7 @@ class ShardTransaction:
                     continue
                 if not _is_unreachable(error):
                     raise
-                newer = self._cluster.router.without(shard, topology.version, self._engines)
-                if newer is not None:
-                    raise _Moved(newer) from error
-                raise ShardUnreachable(
-                    f"Shard {shard.name} does not answer: {_first_line(error.orig)}", shard=shard.name
-                ) from error
+                raise _Away(error) from error
 
     def _guard(self, shard: Shard, waiting: _Waiting) -> Guard:
         return Guard(self._engines.identity(shard), shard.fence, self.scope, waiting.deadline)
@@ -216,6 +258,13 @@ class _Moved(Exception):
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
+
+
+class _Away(Exception):
+    """A shard does not answer."""
+
+    def __init__(self, error: DBAPIError) -> None:
+        self.error = error
 
 
 class _Waiting:

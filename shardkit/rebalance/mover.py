@@ -25,7 +25,7 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, Phase
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, replicaidentity, replication
+from shardkit.storage import change, indoubt, replicaidentity, replication
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
@@ -210,7 +210,11 @@ class Mover:
 
 
 def _settle(catalog: Catalog, shards: ShardConnections) -> None:
-    """`change.settle`, with the subscription of a transfer that was decided disabled as its target opens."""
+    """End the transactions that crashes left in doubt, as they hold fences. Then `change.settle`, with the subscription
+    of a transfer that was decided disabled as its target opens."""
+    current = catalog.current()
+    if current is not None:
+        indoubt.recover(current, shards)
     proposal = catalog.proposed()
     job = catalog.running_job()
     if proposal is None:

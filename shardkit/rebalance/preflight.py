@@ -8,7 +8,7 @@ import psycopg
 
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import replication, servers, tables
+from shardkit.storage import indoubt, replication, servers, tables
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
@@ -88,7 +88,12 @@ def _sender(source: Connection) -> list[str]:
     doubtful = source.execute(
         "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
     ).fetchall()
-    reasons += [f"prepared transaction {gid!r} is in doubt: commit it or roll it back" for (gid,) in doubtful]
+    # Those of sessions come and go, and the mover ends what a crash left of them.
+    reasons += [
+        f"prepared transaction {gid!r} is in doubt: commit it or roll it back"
+        for (gid,) in doubtful
+        if not indoubt.is_prepared_part(gid)
+    ]
     return reasons
 
 

@@ -19,7 +19,17 @@ import psycopg
 from shardkit.core.errors import MoverSuperseded, MoveWaiting, ReplicationFailed
 from shardkit.core.move import ACTIONS, FINAL, Action, Event, can_abort, step
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import change, fence, purge, replicaidentity, replication, servers, sourceguard, tables
+from shardkit.storage import (
+    change,
+    fence,
+    indoubt,
+    purge,
+    replicaidentity,
+    replication,
+    servers,
+    sourceguard,
+    tables,
+)
 from shardkit.storage.catalog import Catalog, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
@@ -300,6 +310,7 @@ class TransferRun:
                 return self._wait_for(None)
             except psycopg.errors.QueryCanceled as error:
                 blocker = replication.oldest_writer(self.source) or "a prepared transaction"
+                indoubt.recover(self.topology(), self.shards, only={self.row.source})
                 self._wait_for(f"the replication slot on shard {self.source_shard.name} waits for {blocker}")
                 if time.monotonic() > deadline:
                     raise MoveWaiting(

@@ -22,7 +22,7 @@ import psycopg
 from shardkit.core.errors import MoverSuperseded, MoveWaiting, ShardBehind
 from shardkit.core.topology import Topology
 
-from . import fence
+from . import fence, indoubt
 from .catalog import Catalog
 from .connections import Connection, ShardConnections, transaction
 from .failpoints import failpoint
@@ -170,6 +170,8 @@ def _close(
                 return
             except psycopg.errors.LockNotAvailable:
                 holders = fence.holders(connection)
+        if any(_is_left(holder) for holder in holders):
+            indoubt.recover(current, shards, only={shard_id})
         if holders:
             report(f"the closing of shard {shard.name} waits for {holders[0]}")
         if time.monotonic() > deadline:
@@ -180,6 +182,11 @@ def _close(
             )
         time.sleep(pause)
         pause = min(pause * 1.5, 0.25)
+
+
+def _is_left(holder: fence.Holder) -> bool:
+    """Whether a holder may be what a crash left of a transaction over several shards."""
+    return indoubt.is_prepared_part(holder.gid) and holder.age_seconds >= indoubt.LIVE_SECONDS
 
 
 def _finish(

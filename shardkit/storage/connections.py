@@ -97,6 +97,11 @@ class ShardConnections:
         for connection in self._open.values():
             connection.close()
 
+    @property
+    def reached(self) -> frozenset[int]:
+        """Numbers of the shards that answered and are connected."""
+        return frozenset(number for number, connection in self._open.items() if not connection.closed)
+
     def get(self, shard: Shard) -> Connection:
         """The connection to a shard, opened again if it was lost; `ShardUnreachable`."""
         connection = self._open.get(shard.id)

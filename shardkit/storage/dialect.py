@@ -8,7 +8,7 @@ the driver name ``postgresql+shardkit``; `storage.engines` does that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, cast
 from uuid import UUID
@@ -25,9 +25,11 @@ from sqlalchemy.dialects.postgresql.psycopg import (
 from sqlalchemy.util.concurrency import await_
 
 from shardkit.core.errors import (
+    CommitPending,
     CommitUnknown,
     IncompatibleServer,
     PartlyCommitted,
+    ShardkitError,
     ShardUnreachable,
     UnguardedStatement,
 )
@@ -38,6 +40,7 @@ from .guard import IDLE, INERROR, Guard, GuardedAsyncConnection, GuardedConnecti
 from .identity import ShardIdentity
 from .scope import Scope
 from .servers import VECTORS
+from .twophase import Ending
 
 DRIVER = "postgresql+shardkit"
 READ_IDENTITY = "SELECT cluster_id, shard_id, name FROM shardkit.shard"
@@ -104,7 +107,7 @@ class _GuardedDialect(AnsweringDialect):
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.shard = shard
 
-    def _run(self, outcome: Any) -> None:
+    def _run(self, outcome: Any) -> Any:
         raise NotImplementedError
 
     def _raw(self, dbapi_connection: Any) -> Any:
@@ -131,17 +134,20 @@ class _GuardedDialect(AnsweringDialect):
     def do_commit(self, dbapi_connection: Any) -> None:
         raw = self._raw(dbapi_connection)
         try:
-            self._commit(dbapi_connection, raw)
-        except Exception:
-            # SQLAlchemy takes the transaction for ended, and may give the connection back to its pool as it is: who
-            # has it next would commit what was written here.
+            self._end(dbapi_connection, raw)
+        except BaseException:
+            # SQLAlchemy takes a COMMIT that failed for an end, and would give the pool what is still open.
             if not raw.closed and raw.pgconn.transaction_status != IDLE:
-                self._run(raw.rollback())
+                with suppress(psycopg.Error):
+                    self._run(raw.rollback())
+                raw.left()
             raise
 
-    def _commit(self, dbapi_connection: Any, raw: Any) -> None:
+    def _end(self, dbapi_connection: Any, raw: Any) -> None:
         if raw.ended:
             raw.left()
+        elif raw.scope is not None and raw.scope.failed:
+            raise _failed()
         elif raw.scope is None:
             self._run(raw.commit())
             raw.left()
@@ -169,23 +175,25 @@ class _GuardedDialect(AnsweringDialect):
 
     def _end_writer(self, dbapi_connection: Any, raw: Any, scope: Scope) -> None:
         """Readers first: when one of them fails, nothing is committed. Then COMMIT."""
-        writers = [cast(GuardedConnection, one) for one in scope.participants.values() if one.wrote]
-        if any(one.pgconn.transaction_status == INERROR for one in writers):
+        writers = scope.writers()
+        if any(cast(GuardedConnection, one).pgconn.transaction_status == INERROR for one in writers):
             # The server would answer COMMIT with ROLLBACK, and the driver would not tell; and what was written on
             # other shards belongs to the same transaction.
-            raise errors.InFailedSqlTransaction(
-                "a statement failed in this transaction; nothing is committed"
-            )
+            raise _failed()
         try:
             for reader in list(scope.participants.values()):
                 if not reader.wrote and not cast(GuardedConnection, reader).ended:
                     self._end_reader(reader)
+            if scope.mode == "two_phase" and len(writers) > 1:
+                Ending(scope, writers, self._run, self._commit_writer).run()
+                raw.left()
+                return
             self._commit_writer(raw)
-        except (psycopg.Error, CommitUnknown, ShardUnreachable) as error:
+        except (psycopg.Error, ShardkitError) as error:
             if raw.closed and (scope.committed or not isinstance(error, psycopg.Error)):
                 # SQLAlchemy does so for the driver's errors alone.
                 dbapi_connection.invalidate(error)
-            if scope.committed:
+            if scope.committed and not isinstance(error, CommitPending):
                 raise PartlyCommitted(
                     f"Committed on {', '.join(scope.committed)}, but not on {raw.shard_name}: {error}",
                     committed=list(scope.committed),
@@ -236,6 +244,10 @@ class _GuardedDialect(AnsweringDialect):
                 _check_identity(connection, self.shard)
 
 
+def _failed() -> psycopg.Error:
+    return errors.InFailedSqlTransaction("a statement failed in this transaction; nothing is committed")
+
+
 _HASHES: dict[type, tuple[Any, Any]] = {
     int: (func.hashint8extended, BigInteger),
     str: (func.hashtextextended, Text),
@@ -280,8 +292,8 @@ class GuardedDialect(_GuardedDialect):
     def connect(self, *args: Any, **kwargs: Any) -> Any:
         return GuardedConnection.connect(*args, **kwargs)
 
-    def _run(self, outcome: Any) -> None:
-        assert outcome is None
+    def _run(self, outcome: Any) -> Any:
+        return outcome
 
     def _raw(self, dbapi_connection: Any) -> Any:
         return dbapi_connection.dbapi_connection
@@ -296,8 +308,8 @@ class GuardedAsyncDialect(_GuardedDialect, PGDialectAsync_psycopg):
     def connect(self, *args: Any, **kwargs: Any) -> Any:
         return super().connect(*args, async_creator_fn=GuardedAsyncConnection.connect, **kwargs)
 
-    def _run(self, outcome: Any) -> None:
-        await_(outcome)
+    def _run(self, outcome: Any) -> Any:
+        return await_(outcome)
 
     def _raw(self, dbapi_connection: Any) -> Any:
         return dbapi_connection.dbapi_connection._connection

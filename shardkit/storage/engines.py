@@ -14,15 +14,18 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, create_engine, text
+import psycopg
+from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import await_
 
-from shardkit.core.errors import ShardkitError
+from shardkit.core.errors import ShardkitError, ShardUnreachable
 from shardkit.core.topology import Shard, Topology
 
+from .breaker import FAILURES, SECONDS, Breaker
 from .dialect import DRIVER, READ_IDENTITY, unfenced
 from .identity import ShardIdentity
 from .topologies import READ_COPY, READ_CURRENT
@@ -45,8 +48,13 @@ class Engines:
         cluster: UUID | None = None,
         is_async: bool = False,
         options: Mapping[str, Any] | None = None,
+        breaker_failures: int = FAILURES,
+        breaker_seconds: float = SECONDS,
     ) -> None:
         self.is_async = is_async
+        self._breakers: dict[tuple[int, str], Breaker] = {}
+        self._breaker_failures = breaker_failures
+        self._breaker_seconds = breaker_seconds
         self._catalog_url = catalog_url
         self._cluster = cluster
         self._options = dict(options or {})
@@ -65,6 +73,15 @@ class Engines:
                 known = self._shards[shard.id, shard.url] = self._make(shard)
         return known
 
+    def breaker(self, shard: Shard) -> Breaker:
+        """The breaker of a shard; one for each URL that it has had."""
+        known = self._breakers.get((shard.id, shard.url))
+        if known is None:
+            # Of several threads that make one, one wins: setdefault is atomic.
+            made = Breaker(shard.name, failures=self._breaker_failures, seconds=self._breaker_seconds)
+            known = self._breakers.setdefault((shard.id, shard.url), made)
+        return known
+
     def identity(self, shard: Shard) -> ShardIdentity:
         """What the database of a shard must say it is."""
         return ShardIdentity(shard.id, shard.name, self._cluster)
@@ -78,8 +95,11 @@ class Engines:
         options["connect_args"] = {**arguments, **options.get("connect_args", {})}
         identity = self.identity(shard)
         if self.is_async:
-            return create_async_engine(url, shard=identity, **options).sync_engine
-        return create_engine(url, shard=identity, **options)
+            engine = create_async_engine(url, shard=identity, **options).sync_engine
+        else:
+            engine = create_engine(url, shard=identity, **options)
+        event.listen(engine, "handle_error", _name_the_lost)
+        return engine
 
     def pause(self, seconds: float) -> None:
         """Let time pass for whoever calls: this thread, or this task alone."""
@@ -140,3 +160,18 @@ class Engines:
             self._shards.clear()
         for engine in engines:
             engine.dispose()
+
+
+def _name_the_lost(context: ExceptionContext) -> ShardUnreachable | None:
+    """A connection lost in a statement: the shard by its name, and that nothing was committed."""
+    if not context.is_disconnect or context.statement is None or context.engine is None:
+        return None
+    if not isinstance(context.original_exception, psycopg.Error):
+        return None  # an interruption, after which the connection is given up as well
+    name = context.engine.dialect.shard.name  # type: ignore[attr-defined]
+    reason = (str(context.original_exception).strip().splitlines() or [""])[0]
+    return ShardUnreachable(
+        f"Shard {name} was lost under a transaction, of which nothing was committed: {reason}",
+        hint="Roll back and run the unit of work again.",
+        shard=name,
+    )

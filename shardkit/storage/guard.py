@@ -159,6 +159,10 @@ class _Guarded(BaseConnection[Any]):
             yield from self._simple(b"ROLLBACK")
             raise
 
+    def _command_gen(self, message: bytes) -> Any:
+        results = yield from self._simple(message)
+        return [result.command_status for result in results]
+
     def _begin_unfenced_gen(self) -> Any:
         yield from self._simple(self._get_tx_start_command())
 
@@ -293,6 +297,12 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
         self._patiently(self._begin_gen, guard)
         self.entered(guard)
 
+    def command(self, message: bytes) -> list[bytes]:
+        """Send commands of shardkit's own, as they are; what the server says of each (its command tag)."""
+        with self.lock:
+            tags: list[bytes] = self.wait(self._command_gen(message))
+        return tags
+
     def begin_unfenced(self) -> None:
         """Begin without a fence: for shardkit's own tables alone."""
         with self.lock:
@@ -345,6 +355,12 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
         """As on the sync connection."""
         await self._patiently(self._begin_gen, guard)
         self.entered(guard)
+
+    async def command(self, message: bytes) -> list[bytes]:
+        """As on the sync connection."""
+        async with self.lock:
+            tags: list[bytes] = await self.wait(self._command_gen(message))
+        return tags
 
     async def begin_unfenced(self) -> None:
         """As on the sync connection."""

@@ -29,11 +29,17 @@ from .urls import without_password
 
 
 def initialise(catalog_url: str) -> UUID:
-    """Make the catalog in this database, or bring an older one up to date; its identity."""
+    """Make the catalog in this database, or bring an older one and its shards up to date; its identity."""
     connect_catalog(catalog_url).close()
     migrate.upgrade(catalog_url, "catalog")
     with Catalog(connect_catalog(catalog_url), catalog_url) as catalog:
-        return catalog.initialise()
+        identity = catalog.initialise()
+        current = catalog.current()
+    for shard in current.shards if current is not None else ():
+        connect_shard(shard.url, shard.name).close()
+        if migrate.pending(shard.url, "shard"):
+            migrate.upgrade(shard.url, "shard")
+    return identity
 
 
 def check_join(

@@ -11,8 +11,9 @@ from typing import Literal, Protocol, get_args
 from shardkit.core.errors import CrossShardWrite
 from shardkit.core.topology import Fence
 
-Mode = Literal["single", "best_effort"]
-"""How many shards a transaction may write: one, or several that are committed one after the other."""
+Mode = Literal["single", "two_phase", "best_effort"]
+"""How many shards a transaction may write: one; several that are committed all or none; or several that are committed
+one after the other."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
@@ -31,13 +32,19 @@ class Participant(Protocol):
 class Scope:
     """The participants of one transaction, by shard."""
 
-    __slots__ = ("committed", "mode", "participants")
+    __slots__ = ("committed", "failed", "mode", "participants")
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
         self.participants: dict[int, Participant] = {}
         self.committed: list[str] = []
         """Names of the shards whose writes are committed."""
+        self.failed = False
+        """Whether its end has failed, so that nothing of it may be committed any more."""
+
+    def writers(self) -> list[Participant]:
+        """The participants that have written, by the numbers of their shards."""
+        return sorted((one for one in self.participants.values() if one.wrote), key=lambda one: one.shard_id)
 
     def writer(self) -> Participant | None:
         """A participant that has written, if there is one."""

@@ -293,7 +293,7 @@ def test_a_connection_that_died_after_the_guard_is_an_error(
     with cluster.sessionmaker()() as session:
         session.get(User, key)
         _kill(sharded, "s0")
-        with pytest.raises(DBAPIError):
+        with pytest.raises(ShardUnreachable, match="s0"):
             session.scalars(select(User).where(User.id == key)).all()
         session.rollback()
         assert session.get_one(User, key).name == "x"

@@ -174,7 +174,7 @@ def test_a_session_with_a_bind(cluster: shardkit.ShardCluster) -> None:
         cluster.sessionmaker(bind=plain)()
 
 
-@pytest.mark.parametrize("mode", ["two_phase", "", None])
+@pytest.mark.parametrize("mode", ["twophase", "", None])
 def test_a_mode_that_there_is_not(cluster: shardkit.ShardCluster, mode: Any) -> None:
     with pytest.raises(UsageError, match="best_effort"):
         cluster.sessionmaker(mode=mode)()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from shardkit.core.errors import (
     JobRunning,
@@ -24,6 +25,7 @@ from shardkit.core.topology import ShardedTable
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.progress import Progress
 from shardkit.rebalance.transfer import Interrupted
+from shardkit.storage import fence
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import connect, value
 from tests.fix_shards import MakeShards, Shards, fill, owner_of
@@ -399,3 +401,44 @@ def test_abort_leaves_both_sides_as_they_were(make_shards: MakeShards, phase: Ph
     assert {table: shards.rows(table) for table in shards.tables} == before
     shards.move()
     shards.assert_clean()
+
+
+@pytest.mark.parametrize("phase", [None, Phase.CATCHING_UP])
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_move_ends_what_a_crash_left_in_doubt(
+    make_shards: MakeShards, phase: Phase | None, decided: bool
+) -> None:
+    """A part of a transaction over several shards: prepared before the move begins, or before its cutover."""
+    shards = make_shards(1)
+    fill(shards.on("s1"), 50)
+    shards.add("s2", 1)
+    topology = shards.topology()
+    gid = f"shardkit_{topology.named('s1').id}_{uuid4().hex}"
+    left: list[str] = []
+
+    def leave() -> None:
+        left.append(gid)
+        with connect(topology.named("s1").url) as connection:
+            if decided:
+                connection.execute("INSERT INTO shardkit.decision VALUES (%s, 'commit', '{0}')", (gid,))
+            connection.execute("BEGIN")
+            fence.guard(connection, shards.topology().named("s1").fence)
+            connection.execute("INSERT INTO public.users VALUES (1000001, 'in doubt', 0)")
+            connection.execute(sql.SQL("PREPARE TRANSACTION {}").format(sql.Literal(f"{gid}_0")))
+
+    def listener(progress: Progress) -> None:
+        if progress.phase is phase and not left:
+            leave()
+
+    if phase is None:
+        leave()
+    assert shards.move(listener=listener).state == "done"
+    assert left
+    shards.assert_clean()
+    found = [shard.name for shard in topology.shards if shards.on(shard.name).execute(
+        "SELECT FROM public.users WHERE id = 1000001").fetchone() is not None]  # fmt: skip
+    assert len(found) == decided
+    assert (
+        shards.on("s1").execute("SELECT gid FROM pg_prepared_xacts WHERE gid = %s", (f"{gid}_0",)).fetchall()
+        == []
+    )
