@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from sqlalchemy import Table
 
-from .proof import BlockProof, Node, holding, linked
+from .closure import BlockProof, Node, holding, linked
 from .refusals import Refusal
 
 
@@ -56,6 +56,17 @@ def equal_keys(node: Node) -> Iterator[Node]:
         seen.add(id(one))
         yield one
         todo += linked(one, holding(one.scope, one.block))
+        # Each row that is derived from it has its key; they are FROMs of their own, each of which has to be bound.
+        todo += one.deriving
+
+
+def local_nodes(proof: BlockProof, anchor: Node) -> list[Node]:
+    """The FROMs of a block whose shard key, in each row of it, is that of the anchor."""
+    return [
+        node
+        for node in proof.nodes
+        if node.scope is proof.root and any(other is anchor for other in equal_keys(node))
+    ]
 
 
 def _not_co_located(node: Node, anchor: Node) -> Refusal:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import BigInteger, ColumnElement, CursorResult, Text, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import BindParameter, Label, UnaryExpression
+from sqlalchemy.sql.elements import BindParameter, UnaryExpression
 from sqlalchemy.types import (
     Boolean,
     Date,
@@ -33,9 +33,9 @@ from sqlalchemy.types import (
 
 from shardkit.core.errors import IdentityConflict, UnmergeableQuery
 
+from .elements import ungrouped, unlabelled
 from .merge import Finish, Merge
 from .prepared import raw_rows
-from .proof import ungrouped
 from .recorder import Call, Compiled, Slot
 from .refusals import Refusal
 from .servertypes import typed
@@ -246,7 +246,7 @@ def arrange(
                     return number
             added = [expression]
         else:
-            expression = _unlabelled(expression)
+            expression = unlabelled(expression)
             added = [
                 cast(expression, Text),
                 cast(func.pg_typeof(expression), Text),
@@ -270,7 +270,7 @@ def arrange(
         # Rows that are equal but for how they are written count once, and that is seen only when all are together.
         if core._limit_clause is not None and (exact or not distinct):
             part = part.limit(bindparam(MOST, type_=BigInteger()))
-    labelled = [_unlabelled(column).label(f"shardkit_{number}") for number, column in enumerate(hidden)]
+    labelled = [unlabelled(column).label(f"shardkit_{number}") for number, column in enumerate(hidden)]
     return (part.add_columns(*labelled) if labelled else part), made
 
 
@@ -319,16 +319,9 @@ def _count(compiled: Compiled, clause: Any) -> Slot | None:
     return compiled.slot(clause)
 
 
-def _unlabelled(expression: Any) -> Any:
-    expression = ungrouped(expression)
-    while isinstance(expression, Label):
-        expression = ungrouped(expression.element)
-    return expression
-
-
 def _is_column(column: Any, expression: Any) -> bool:
     # Annotated copies hash alike; SQL equality is no equality.
-    return hash(column) == hash(expression) or hash(_unlabelled(column)) == hash(_unlabelled(expression))
+    return hash(column) == hash(expression) or hash(unlabelled(column)) == hash(unlabelled(expression))
 
 
 def _is_exact(expression: Any) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from .closure import BlockProof, Constraint
 from .keys import exact_position
-from .proof import BlockProof, Constraint
 from .recorder import MISSING, Call
 
 Keys = dict[int, list[Any]]
@@ -32,6 +32,8 @@ def terms(proof: BlockProof) -> Terms:
     """The terms of a proved block."""
     classes: dict[tuple[tuple[int, ...], bool], tuple[Constraint, ...]] = {}
     for node in proof.nodes:
+        if node.derived is not None:
+            continue  # its rows are made of those of its body
         classes[tuple(sorted(map(id, node.constraints))), node.present] = node.constraints
     return Terms(tuple((constraints, present) for (_, present), constraints in classes.items()))
 

@@ -34,13 +34,12 @@ from sqlalchemy.sql.selectable import ScalarSelect, SelectBase
 from sqlalchemy.sql.visitors import iterate, replacement_traverse
 from sqlalchemy.types import Float, Integer, TypeDecorator
 
+from .elements import is_aggregate, ungrouped
 from .merge import Finish
 from .prepared import Prepared, raw_rows
-from .proof import ungrouped
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .servertypes import ServerType, as_text, constant, typed
-from .vocabulary import ALL_AGGREGATES
 
 _Part = ColumnElement[Any]
 
@@ -98,14 +97,6 @@ def _is_exact_number(type_: Any) -> bool:
     while isinstance(type_, TypeDecorator):
         type_ = type_.impl_instance
     return isinstance(type_, Integer | Numeric) and not isinstance(type_, Float)
-
-
-def is_aggregate(element: Any) -> bool:
-    """Whether an element is an aggregate, with its FILTER if it has one."""
-    function = element.func if isinstance(element, FunctionFilter) else element
-    return (
-        isinstance(function, FunctionElement) and str(getattr(function, "name", "")).lower() in ALL_AGGREGATES
-    )
 
 
 # --- once a shape --------------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ FULL JOIN holds nowhere. OR, NOT, functions, casts, other operators bind nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Table
@@ -22,9 +21,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import (
     BinaryExpression,
     BindParameter,
-    BooleanClauseList,
     ColumnClause,
-    Grouping,
     Tuple,
 )
 from sqlalchemy.sql.selectable import (
@@ -40,15 +37,16 @@ from sqlalchemy.sql.selectable import (
 
 from shardkit.core.topology import (
     DeclaredTable,
-    HomeTable,
-    KeyType,
     ReferenceTable,
     ShardedTable,
 )
 
 from . import declare
+from .closure import BlockProof, Constraint, Node, Scope, close, holding, linked, push_down
+from .elements import conjuncts, is_set, ungrouped, unlabelled
 from .idrouting import IdConstraint, carrier_of
-from .recorder import Block, Compiled, Slot
+from .locality import keeps_keys_apart
+from .recorder import Compiled
 from .refusals import Refusal
 
 _DERIVED = (Subquery, CTE, Lateral, TableValuedAlias, Values)
@@ -63,127 +61,55 @@ _ROW_COUNT = (
 """Clauses by which rows of other keys decide which rows of a key a SELECT returns."""
 
 
-def _is_set(clause: Any) -> bool:
-    return bool(clause) if isinstance(clause, tuple | bool) else clause is not None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Constraint:
-    """A shard key equals one bound value, or one of a bound list (``listed``); ``part`` is its place in a list of
-    tuples. ``single`` says that the value is used nowhere else; ``column`` names the key for people."""
-
-    slot: Slot
-    family: KeyType
-    listed: bool
-    part: int | None
-    single: bool
-    column: str
-
-
-@dataclass(slots=True, eq=False)
-class Scope:
-    """Conditions that hold together, wherever the FROMs of this part of a FROM clause are present."""
-
-    parent: Scope | None = None
-    links: list[tuple[Node, Node]] = field(default_factory=list)
-    bounds: list[tuple[Node, Constraint]] = field(default_factory=list)
-    ids: list[tuple[Node, IdConstraint]] = field(default_factory=list)
-
-    def mentioned(self) -> Iterator[Node]:
-        """The nodes that are present where this scope holds, as its equalities are not of NULL."""
-        for link in self.links:
-            yield from link
-        for node, _ in (*self.bounds, *self.ids):
-            yield node
-
-    def chain(self) -> Iterator[Scope]:
-        """This scope and those around it."""
-        scope: Scope | None = self
-        while scope is not None:
-            yield scope
-            scope = scope.parent
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One sharded FROM of one block: a table, or an alias of one. ``present`` is whether every row of the block has a
-    row of it, so that the block is empty where no value fits the ``constraints``. ``ids`` leave slots, not positions.
-    """
-
-    name: str
-    table: ShardedTable
-    source: Any
-    block: BlockProof
-    scope: Scope
-    constraints: tuple[Constraint, ...] = ()
-    ids: tuple[IdConstraint, ...] = ()
-    present: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name}.{self.table.key}"
-
-
-@dataclass(slots=True, eq=False)
-class BlockProof:
-    """What is known of one block. ``names`` are those of its FROMs; the ones that are no nodes have None, but those of
-    reference and home tables, which are in ``references`` and ``homes``. ``strange`` are nodes whose shard key is
-    compared with a bound value of another type."""
-
-    block: Block
-    parent: BlockProof | None
-    root: Scope = field(default_factory=Scope)
-    nodes: list[Node] = field(default_factory=list)
-    names: dict[str, Node | None] = field(default_factory=dict)
-    references: dict[str, ReferenceTable] = field(default_factory=dict)
-    homes: dict[str, HomeTable] = field(default_factory=dict)
-    strange: list[Node] = field(default_factory=list)
-    conditions: list[tuple[Any, Scope]] = field(default_factory=list)
-    """Each conjunct of WHERE and ON, and where it holds."""
-
-    def tables(self) -> Iterator[DeclaredTable]:
-        """The table of each FROM that is one."""
-        for node in self.nodes:
-            yield node.table
-        yield from self.references.values()
-        yield from self.homes.values()
-
-    def find(self, name: str) -> Node | None:
-        """The sharded FROM that a qualified column names, here or in a block around this one; None if it is another
-        kind of FROM or unknown."""
-        block: BlockProof | None = self
-        while block is not None:
-            if name in block.names:
-                return block.names[name]
-            if name in block.references or name in block.homes:
-                return None
-            block = block.parent
-        return None
-
-    def find_column(self, element: Any, rendered: Callable[[Any], str]) -> Node | None:
-        """The node that a bare column is of; ``rendered`` tells the name of a FROM."""
-        if not isinstance(element, ColumnClause) or element.table is None or element.is_literal:
-            return None
-        return self.find(rendered(element.table))
-
-    def find_key(self, element: Any, rendered: Callable[[Any], str]) -> Node | None:
-        """The node whose shard key a bare column is."""
-        node = self.find_column(element, rendered)
-        return node if node is not None and str(element.name) == node.table.key else None
-
-
 def prove(compiled: Compiled) -> list[BlockProof]:
     """The blocks of a statement, outer ones first, with the constraints of each node; `Refusal` for a FROM that is
     not understood or not sharded."""
     known: dict[int, BlockProof] = {}
-    proofs: list[BlockProof] = []
+    bodies: dict[int, BlockProof] = {}
     for block in compiled.recording.blocks:
         proof = BlockProof(block, None if block.parent is None else known[id(block.parent)])
         known[id(block)] = proof
-        proofs.append(proof)
-        _Reader(compiled, proof).read()
-        _close(proof)
+        if block.derived is not None:
+            bodies[hash(block.derived)] = proof
+    proofs = list(known.values())
+    for proof in proofs:
+        _read(compiled, proof, bodies)
+    for proof in proofs:
+        if proof.parent is None:
+            push_down(proof)
     _account_for_tables(compiled, proofs)
     return proofs
+
+
+def _read(compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof]) -> None:
+    """Read a block, and before it those that it is derived from."""
+    if proof.read:
+        return
+    proof.read = True
+    for from_ in proof.block.froms:
+        for element in _leaves(from_):
+            body = bodies.get(hash(_origin(element)))
+            if body is not None:
+                _read(compiled, body, bodies)
+    _Reader(compiled, proof, bodies).read()
+    close(proof)
+
+
+def _leaves(from_: Any) -> Iterator[Any]:
+    if isinstance(from_, FromGrouping):
+        yield from _leaves(from_.element)
+    elif isinstance(from_, Join):
+        yield from _leaves(from_.left)
+        yield from _leaves(from_.right)
+    else:
+        yield from_
+
+
+def _origin(from_: Any) -> Any:
+    """The common table expression that an alias of one stands for."""
+    while isinstance(from_, CTE) and from_._cte_alias is not None:
+        from_ = from_._cte_alias
+    return from_
 
 
 def _account_for_tables(compiled: Compiled, proofs: Sequence[BlockProof]) -> None:
@@ -222,9 +148,10 @@ def sharded(table: Any) -> ShardedTable:
 class _Reader:
     """Fills a `BlockProof` from the FROMs and conditions of its block."""
 
-    def __init__(self, compiled: Compiled, proof: BlockProof) -> None:
+    def __init__(self, compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof]) -> None:
         self._compiled = compiled
         self._proof = proof
+        self._bodies = bodies
         self._conditions: list[tuple[Any, Scope]] = []  # as they are written
 
     def read(self) -> None:
@@ -251,7 +178,7 @@ class _Reader:
         elif isinstance(from_, _DERIVED) or (
             isinstance(from_, Alias) and isinstance(from_.element, _DERIVED)
         ):
-            self._name(from_, None)
+            self._name(from_, self._derived(from_, scope))
         else:
             raise Refusal("unknown-from", f"a FROM of the kind {type(from_).__name__} is not understood")
 
@@ -274,11 +201,41 @@ class _Reader:
 
     def _table(self, from_: Any, table: DeclaredTable, scope: Scope) -> None:
         if isinstance(table, ShardedTable):
-            self._name(from_, Node(self._rendered(from_), table, from_, self._proof, scope))
+            self._name(from_, self._node(from_, table, scope, frozenset({table.key})))
         elif isinstance(table, ReferenceTable):
             self._proof.references[self._new_name(from_)] = table
         else:
             self._proof.homes[self._new_name(from_)] = table
+
+    def _node(
+        self, from_: Any, table: ShardedTable, scope: Scope, keys: frozenset[str], derived: Node | None = None
+    ) -> Node:
+        return Node(self._rendered(from_), table, from_, self._proof, scope, keys, derived)
+
+    def _derived(self, from_: Any, scope: Scope) -> Node | None:
+        """A FROM whose rows have the shard key of one of its body's FROMs; None if it does not return that."""
+        body = self._bodies.get(hash(_origin(from_)))
+        if body is None or body.parent is not None or not isinstance(from_, Subquery | CTE):
+            return None
+        columns = list(from_.c)
+        if len(columns) != len(body.block.columns):
+            return None
+        inner: Node | None = None
+        keys: set[str] = set()
+        for column, made in zip(columns, body.block.columns, strict=True):
+            node = body.find_key(unlabelled(made), self._rendered)
+            if node is None or node.block is not body or node.scope is not body.root:
+                continue
+            if inner is None:
+                inner = node
+            if any(other is inner for other in linked(node, holding(body.root, body))):
+                keys.add(str(column.name))
+        if inner is None:
+            return None
+        found = self._node(from_, inner.table, scope, frozenset(keys), inner)
+        if keeps_keys_apart(body, inner, self._rendered):
+            inner.deriving.append(found)
+        return found
 
     def _new_name(self, from_: Any) -> str:
         name, proof = self._rendered(from_), self._proof
@@ -346,11 +303,10 @@ class _Reader:
             return
         one = proof.parent.find_key(compared.left, self._rendered)
         select = proof.block.statement
-        whole = all(not _is_set(getattr(select, name, None)) for name in _ROW_COUNT)
+        whole = all(not is_set(getattr(select, name, None)) for name in _ROW_COUNT)
         if one is None or len(proof.block.columns) != 1 or not whole:
             return
-        column = proof.block.columns[0]
-        other = proof.find_key(getattr(column, "element", column), self._rendered)
+        other = proof.find_key(unlabelled(proof.block.columns[0]), self._rendered)
         if other is None or other.block is not proof or one.table.key_type != other.table.key_type:
             return
         if one.scope is one.block.root and other.scope is proof.root:
@@ -396,6 +352,8 @@ class _Reader:
         if not isinstance(element, ColumnClause) or element.table is None or element.is_literal:
             return False
         node = self._proof.find(self._rendered(element.table))
+        if node is not None and node.derived is not None:
+            return False
         carrier = None if node is None else carrier_of(element, node.source)
         family = declare.key_family(type_)
         if node is None or carrier is None or family != ("uuid" if carrier.layout == "uuid" else "int"):
@@ -405,73 +363,3 @@ class _Reader:
             name = f"{node.table}.{element.name}"
             scope.ids.append((node, IdConstraint(slot, carrier, family, listed, part, name)))
         return True
-
-
-def conjuncts(condition: Any) -> Iterator[Any]:
-    """The parts of a condition that are all true when it is."""
-    condition = ungrouped(condition)
-    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
-        for part in condition.clauses:
-            yield from conjuncts(part)
-    else:
-        yield condition
-
-
-def ungrouped(element: Any) -> Any:
-    """An element without its parentheses."""
-    while isinstance(element, Grouping):
-        element = element.element
-    return element
-
-
-# --- the closure ---------------------------------------------------------------------------------------------------
-
-
-def _close(proof: BlockProof) -> None:
-    """The constraints of each node of a block; those of the blocks around it are known."""
-    everywhere = holding(proof.root, proof)
-    for node in proof.nodes:
-        node.present = any(scope is node.scope for scope in everywhere)
-        scopes = holding(node.scope, proof)
-        found: dict[int, Constraint] = {}
-        ids: dict[int, IdConstraint] = {}
-        for reached in linked(node, scopes):
-            own = [constraint for scope in scopes for bound, constraint in scope.bounds if bound is reached]
-            inherited = reached.constraints if reached.block is not proof else ()
-            found.update((id(constraint), constraint) for constraint in (*own, *inherited))
-            own_ids = [constraint for scope in scopes for bound, constraint in scope.ids if bound is reached]
-            inherited_ids = reached.ids if reached.block is not proof else ()
-            ids.update((id(constraint), constraint) for constraint in (*own_ids, *inherited_ids))
-        node.constraints = tuple(found.values())
-        node.ids = tuple(ids.values())
-
-
-def holding(scope: Scope, proof: BlockProof) -> list[Scope]:
-    """All scopes that hold where this one does: those around it, and those of the nodes that their equalities show
-    to be present."""
-    found: dict[int, Scope] = {}
-    todo = list(scope.chain())
-    while todo:
-        one = todo.pop()
-        if id(one) in found:
-            continue
-        found[id(one)] = one
-        for node in one.mentioned():
-            if node.block is proof:
-                todo += node.scope.chain()
-    return list(found.values())
-
-
-def linked(start: Node, scopes: Sequence[Scope]) -> list[Node]:
-    """The nodes whose shard keys equal that of ``start`` where all of ``scopes`` hold, itself included."""
-    found: dict[int, Node] = {id(start): start}
-    todo = [start]
-    while todo:
-        node = todo.pop()
-        for scope in scopes:
-            for a, b in scope.links:
-                other = b if a is node else a if b is node else None
-                if other is not None and id(other) not in found:
-                    found[id(other)] = other
-                    todo.append(other)
-    return list(found.values())

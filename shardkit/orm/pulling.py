@@ -49,11 +49,11 @@ from shardkit.core.errors import UnmergeableQuery
 from shardkit.core.topology import ShardedTable
 
 from .binding import possible
+from .closure import BlockProof, Constraint, Node
 from .declare import key_column
 from .merge import Finish
 from .ownership import BOUNDS, ODD, owned_in
 from .prepared import Prepared, raw_rows
-from .proof import BlockProof, Constraint, Node
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .servertypes import as_text, constant, typed
@@ -112,6 +112,8 @@ def pull(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> Pull
     nodes: dict[Table, list[Node]] = {}
     for proof in proofs:
         for node in proof.nodes:
+            if node.derived is not None:
+                continue
             nodes.setdefault(_table(node), []).append(node)
     _vet_names(compiled, list(nodes))
     used = _used_columns(compiled)

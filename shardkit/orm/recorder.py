@@ -25,6 +25,7 @@ from sqlalchemy.sql.visitors import iterate
 
 _BLOCK = "shardkit_block"
 _COMPARING = {"binary", "in_op_binary", "not_in_op_binary"}
+_DERIVING = {"subquery", "cte"}
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +34,8 @@ class Block:
 
     ``statement`` is the Core Select, Update or Delete that the block became; ``froms`` what its FROM clause shows (for
     an UPDATE or DELETE its table first), so not what it correlates to; ``parent`` the block that it stands in, if
-    columns of that can be named in it; ``compared`` the IN or NOT IN whose right side it is, as a whole.
+    columns of that can be named in it; ``compared`` the comparison whose right side it is, as a whole; ``derived`` the
+    subquery or common table expression whose body it is, as a whole.
     """
 
     statement: Any
@@ -41,6 +43,7 @@ class Block:
     parent: Block | None
     columns: tuple[Any, ...] = ()
     compared: Any = None
+    derived: Any = None
 
     @property
     def criteria(self) -> tuple[Any, ...]:
@@ -59,7 +62,9 @@ class Recording:
     tables: Counter[Table] = field(default_factory=Counter)
     foreign: list[str] = field(default_factory=list)
     comparing: Any = None
-    """An IN whose right side is about to be rendered."""
+    """A comparison whose right side is about to be rendered."""
+    deriving: Any = None
+    """A subquery or common table expression whose body is about to be rendered."""
 
     def saw(self, kind: str, element: Any, as_from: bool) -> None:
         """Note one visit of the compiler."""
@@ -67,6 +72,8 @@ class Recording:
         self.elements.setdefault(kind, []).append(element)
         if kind in _COMPARING:
             self.comparing = element
+        elif kind in _DERIVING:
+            self.deriving = element
         if kind == "table" and as_from:
             self.tables[element] += 1
 
@@ -98,18 +105,23 @@ class _RecorderMixin:
         columns = tuple(column for _, _, _, column, _ in compile_state.columns_plus_names)
         # A subquery in a FROM sees nothing of the block around it, unless it is LATERAL.
         parent = None if asfrom and not lateral else self._enclosing(self.stack[:-1])
-        block = Block(select, tuple(froms), parent, columns, self._compared(select, compound_index))
+        block = Block(select, tuple(froms), parent, columns, *self._role(compound_index))
         self.stack[-1][_BLOCK] = block
         self.recording.blocks.append(block)
         return froms
 
-    def _compared(self, select: Any, compound_index: int | None) -> Any:
-        """The comparison that this SELECT is the right side of: nothing else was begun since."""
-        comparing, self.recording.comparing = self.recording.comparing, None
+    def _role(self, compound_index: int | None) -> tuple[Any, Any]:
+        """The comparison that this SELECT is the right side of, and the FROM that it is the body of: nothing else was
+        begun since."""
+        recording = self.recording
+        comparing, recording.comparing = recording.comparing, None
+        deriving, recording.deriving = recording.deriving, None
+        if compound_index is not None:
+            return None, None
         right = getattr(comparing, "right", None)
         while isinstance(right, Grouping | ScalarSelect | SelectStatementGrouping):
             right = right.element
-        return comparing if compound_index is None and isinstance(right, Select) else None
+        return comparing if isinstance(right, Select) else None, deriving
 
     def _enter_dml(self, statement: Any, table: Any, extra_froms: Sequence[Any]) -> None:
         block = Block(statement, (table, *extra_froms), self._enclosing(self.stack[:-1]))
@@ -133,8 +145,15 @@ class _RecorderMixin:
 
 def _noting(kind: str, visit: Callable[..., Any]) -> Callable[..., Any]:
     def noted(self: Any, element: Any, *args: Any, **kw: Any) -> Any:
-        self.recording.saw(kind, element, bool(kw.get("asfrom")))
-        return visit(self, element, *args, **kw)
+        recording = self.recording
+        around = recording.deriving
+        recording.saw(kind, element, bool(kw.get("asfrom")))
+        rendered = visit(self, element, *args, **kw)
+        if kind in _COMPARING:
+            recording.comparing = None
+        elif kind in _DERIVING:
+            recording.deriving = around
+        return rendered
 
     return noted
 

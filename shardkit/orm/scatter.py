@@ -8,24 +8,22 @@ planner; pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Select, Table
 from sqlalchemy.engine import Dialect
-from sqlalchemy.sql.elements import Over
-from sqlalchemy.sql.selectable import SelectBase
 
-from shardkit.core.topology import ShardedTable
-
-from .anchor import anchored, equal_keys
+from .anchor import anchored, local_nodes
 from .arranging import MOST, Arrangement, arrange
-from .grouping import Grouping, group, is_aggregate
+from .closure import BlockProof, Node
+from .elements import is_set
+from .grouping import Grouping, group
+from .locality import holds_key, is_grouped, windows_hold_key
 from .merge import Merge
 from .ownership import BOUNDS, ODD, owned_in
 from .prepared import Prepared
-from .proof import BlockProof, Node
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .streaming import Streamed
@@ -79,30 +77,28 @@ def reading(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> R
     columns = proofs[0].block.columns
     if len(columns) != len(compiled.compiler._result_columns):
         raise Refusal("derived", "its columns cannot be told apart")
-    local = _local_keys(proofs[0], anchor)
+    top, rendered = proofs[0], compiled.rendered_name
+    local = local_nodes(top, anchor)
     merging: Arrangement | Grouping | Totals
-    if _is_grouped(core, columns) and not _holds_key(core._group_by_clauses, local, compiled):
+    if is_grouped(core, columns) and not holds_key(core._group_by_clauses, local, rendered):
         total = totals(core, columns)
         part, merging = (core, total) if total is not None else group(compiled, columns, dialect)
     else:
-        _vet_windows(core, columns, local, compiled)
+        if not windows_hold_key(core, columns, local, rendered):
+            raise Refusal("window", "a window function without the shard key in PARTITION BY needs all rows")
         _vet_lock(core)
-        distinct = bool(core._distinct) and not _holds_key(columns, local, compiled)
+        distinct = bool(core._distinct) and not holds_key(columns, local, rendered)
         part, merging = arrange(
             compiled, columns, _identities(compiled, proofs[0], columns), distinct=distinct
         )
     own = {MOST: None}
-    predicate = owned_in(_key_of(anchor.source, anchor.table), anchor.table.key_type)
+    predicate = owned_in(anchor.key, anchor.table.key_type)
     return Reading(
         anchor,
         Prepared(dialect, part, compiled, own),
         Prepared(dialect, part.where(predicate), compiled, {**own, BOUNDS: None, ODD: None}),
         merging,
     )
-
-
-def _key_of(source: Any, table: ShardedTable) -> Any:
-    return next(column for column in source.c if str(column.name) == table.key)
 
 
 _CLAUSES: dict[str, tuple[str, str]] = {
@@ -120,8 +116,7 @@ _CLAUSES: dict[str, tuple[str, str]] = {
 def vet_clauses(statement: Any) -> None:
     """`Refusal` for clauses that are not merged."""
     for attribute, (reason, name) in _CLAUSES.items():
-        value = getattr(statement, attribute, None)
-        if bool(value) if isinstance(value, tuple | bool) else value is not None:
+        if is_set(getattr(statement, attribute, None)):
             raise Refusal(reason, f"{name} is not merged over shards")
 
 
@@ -134,66 +129,6 @@ def _vet_lock(core: Any) -> None:
         )
 
 
-# --- what is local to a shard --------------------------------------------------------------------------------------
-
-
-def _local_keys(proof: BlockProof, anchor: Node) -> list[Node]:
-    """The FROMs whose shard key, in each row of the block, is that of the anchor."""
-    return [
-        node
-        for node in proof.nodes
-        if node.scope is proof.root and any(other is anchor for other in equal_keys(node))
-    ]
-
-
-def _holds_key(elements: Any, local: list[Node], compiled: Compiled) -> bool:
-    """Whether a shard key is among the elements, so that rows which are equal in all of them are on one shard."""
-    for element in elements:
-        while getattr(element, "__visit_name__", "") in ("label", "label_reference", "grouping"):
-            element = element.element
-        node = local[0].block.find_key(element, compiled.rendered_name) if local else None
-        if node is not None and any(node is one for one in local):
-            return True
-    return False
-
-
-def own_elements(*roots: Any) -> Iterator[Any]:
-    """The elements of a block's clauses, but not those of blocks inside it."""
-    todo = list(roots)
-    while todo:
-        element = todo.pop()
-        yield element
-        if not isinstance(element, SelectBase):
-            todo += element.get_children()
-
-
-def _is_grouped(core: Any, columns: Any) -> bool:
-    if core._group_by_clauses or core._having_criteria:
-        return True
-    todo = [*columns, *core._order_by_clauses]
-    while todo:
-        element = todo.pop()
-        if isinstance(element, Over):
-            # What it is a window of is no aggregate; its arguments may be.
-            todo += [child for child in element.get_children() if child is not element.element]
-            todo += element.element.get_children()
-        elif is_aggregate(element):
-            return True
-        elif not isinstance(element, SelectBase):
-            todo += element.get_children()
-    return False
-
-
-def _vet_windows(core: Any, columns: Any, local: list[Node], compiled: Compiled) -> None:
-    for element in own_elements(*columns, *core._order_by_clauses):
-        if isinstance(element, Over):
-            partition = element.partition_by
-            if partition is None or not _holds_key(partition, local, compiled):
-                raise Refusal(
-                    "window", "a window function without the shard key in PARTITION BY needs all rows"
-                )
-
-
 def _identities(compiled: Compiled, proof: BlockProof, columns: Any) -> tuple[tuple[int, ...], ...]:
     """The places of the primary keys among the columns: equal ones on two shards are a conflict."""
     places: dict[tuple[str, str], int] = {}
@@ -203,6 +138,8 @@ def _identities(compiled: Compiled, proof: BlockProof, columns: Any) -> tuple[tu
             places.setdefault((compiled.rendered_name(table), str(column.name)), place)
     found: list[tuple[int, ...]] = []
     for node in proof.nodes:
+        if node.derived is not None:
+            continue
         table = node.source if isinstance(node.source, Table) else node.source.element
         wanted = [places.get((node.name, str(column.name))) for column in table.primary_key.columns]
         here = [place for place in wanted if place is not None]

@@ -20,11 +20,12 @@ from shardkit.core.topology import DeclaredTable, Topology
 from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
 from .carriers import id_columns
+from .closure import BlockProof, Constraint, Node
 from .idrouting import IdConstraint, owners, possible_slots
 from .merge import Merge
 from .ownership import owned_arcs
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, RowsPlan, ShardPart
-from .proof import BlockProof, Constraint, Node, prove
+from .proof import prove
 from .pulling import MOST, Pull, pull
 from .recorder import Call, Compiled
 from .refusals import Refusal
@@ -33,7 +34,7 @@ from .scatter import Reading, reading
 from .splitting import with_list
 from .streaming import Streamed
 from .vetting import reads_only
-from .whole import WholeProof, prove_whole, tables_beside, vet_beside
+from .whole import WholeProof, home_beside, prove_whole, tables_beside, vet_beside
 from .writing import Compile, Writing, writing
 
 STREAM_ROWS = 1000
@@ -55,6 +56,8 @@ class StatementProof:
     """How it runs on several shards, or why it does not."""
     only: Constraint | None
     """The one constraint of the one block, which is all there is in most statements."""
+    home: str | None = None
+    """The shard of its home tables, which are nowhere else: so it runs there, over rows that are read."""
 
     def position(self, call: Call, parameters: Mapping[str, Any]) -> int | Unbound:
         """The position of all rows in one call."""
@@ -77,7 +80,7 @@ class StatementProof:
         planner: PlannerFacts,
     ) -> Plan:
         """The plan of one call with one set of parameters, ``single``."""
-        position = self.position(call, single)
+        position = self.position(call, single) if self.home is None else Unbound.SEVERAL
         if isinstance(position, int):
             return OneKeyPlan(statement, parameters, self.tables, self.writes, position)
         if position is Unbound.NO_ROW:
@@ -244,7 +247,7 @@ class ReadingPlan(SeveralPlan):
 class PullPlan(SeveralPlan):
     """A SELECT that runs on one shard, over rows that are read from all."""
 
-    __slots__ = ("_most", "_pull")
+    __slots__ = ("_home", "_most", "_pull")
     reason = "its rows are not made shard by shard, so the rows of its tables are read"
 
     @property
@@ -264,12 +267,16 @@ class PullPlan(SeveralPlan):
         super().__init__(statement, parameters, proof, (), call)
         self._pull = pull
         self._most = most
+        self._home = proof.home
         self._positions = pull.positions(call, parameters)
 
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
         """Every owner of rows."""
         shards = self._shards(topology)
-        if not shards:
+        if self._home is not None:
+            # The shard that comes first runs the statement.
+            shards = {topology.named(self._home).id: None, **shards}
+        elif not shards:
             shards = {topology.ring.owner_at(0): None}
         if len(shards) == 1:
             ((shard_id, positions),) = shards.items()
@@ -363,6 +370,7 @@ def prove_statement(compiled: Compiled, planner: PlannerFacts) -> StatementProof
         updates_or_deletes=top_dml,
         several=_several(compiled, blocks, nodes, planner),
         only=constraints[0] if len(constraints) == 1 and present else None,
+        home=home_beside(blocks),
     )
 
 
@@ -371,13 +379,12 @@ def _several(
 ) -> Reading | Writing | Pull | Refusal:
     """How a statement runs on several shards: in parts if that is possible."""
     ways: list[Callable[[], Reading | Writing | Pull]] = []
-    if isinstance(compiled.statement, Select | CompoundSelect):
-        ways = [
-            lambda: reading(compiled, blocks, planner.dialect),
-            lambda: pull(compiled, blocks, planner.dialect),
-        ]
+    if not isinstance(compiled.statement, Select | CompoundSelect):
+        ways.append(lambda: writing(compiled, blocks, planner.compile_))
     else:
-        ways = [lambda: writing(compiled, blocks, planner.compile_)]
+        if home_beside(blocks) is None:
+            ways.append(lambda: reading(compiled, blocks, planner.dialect))
+        ways.append(lambda: pull(compiled, blocks, planner.dialect))
     for way in ways:
         try:
             return way()

@@ -20,9 +20,9 @@ from sqlalchemy.types import TypeDecorator
 from shardkit.core.errors import UnmergeableQuery
 
 from . import declare
+from .elements import ungrouped
 from .merge import Finish
 from .prepared import raw_rows
-from .proof import ungrouped
 
 AggregateName = Literal["count", "sum", "min", "max"]
 

@@ -19,9 +19,10 @@ from sqlalchemy.sql.elements import ClauseElement
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 
 from . import keys, places
+from .closure import BlockProof
 from .gather import Same
 from .plan import AnyShardPlan, Parameters, Plan, Route, ShardPart
-from .proof import BlockProof, declared, prove
+from .proof import declared, prove
 from .recorder import Compiled
 from .refusals import Refusal
 from .vetting import function_names, reads_only, vet_without_tables
@@ -120,15 +121,16 @@ def tables_beside(blocks: Sequence[BlockProof]) -> tuple[DeclaredTable, ...]:
 
 
 def vet_beside(compiled: Compiled, blocks: Sequence[BlockProof]) -> None:
-    """`Refusal` if a statement that names sharded tables names whole ones in a way that cannot be right: a home table,
-    which is on a shard of its own; a reference table that is written, or locked, on this one shard alone."""
-    for block in blocks:
-        for table in block.homes.values():
-            raise Refusal(
-                "home",
-                f"{table} is at home on shard {table.shard}, and sharded tables stand beside it",
-                "Read the one, then the other by what was found.",
-            )
+    """`Refusal` if a statement that names sharded tables names whole ones in a way that cannot be right: a home table
+    where it writes; a reference table that is written, or locked, on this one shard alone."""
+    if compiled.given.is_dml:
+        for block in blocks:
+            for table in block.homes.values():
+                raise Refusal(
+                    "home",
+                    f"{table} is at home on shard {table.shard}, and sharded tables stand beside it",
+                    "Read the one, then write the other by what was found.",
+                )
     if compiled.given.is_dml and not isinstance(_target_of(compiled), ShardedTable):
         raise Refusal(
             "reference-write",
@@ -142,6 +144,15 @@ def vet_beside(compiled: Compiled, blocks: Sequence[BlockProof]) -> None:
                 "FOR UPDATE would lock rows of a reference table on one shard alone",
                 "Name the sharded entities to be locked: with_for_update(of=...).",
             )
+
+
+def home_beside(blocks: Sequence[BlockProof]) -> str | None:
+    """The shard of the home tables of a statement; `Refusal` if they are at home on two."""
+    shards = {table.shard for block in blocks for table in block.homes.values()}
+    if len(shards) > 1:
+        listed = " and ".join(sorted(shards))
+        raise Refusal("home", f"its home tables are on different shards, {listed}")
+    return next(iter(shards), None)
 
 
 def prove_whole(compiled: Compiled, blocks: Sequence[BlockProof]) -> WholeProof:

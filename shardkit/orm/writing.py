@@ -18,9 +18,10 @@ from shardkit.core.keyrange import POSITION_MIN, Arc, ArcSet
 from shardkit.core.topology import ShardedTable
 
 from .anchor import anchored
+from .closure import BlockProof, Node
 from .gather import Rows
 from .ownership import owned_only
-from .proof import BlockProof, Node, prove
+from .proof import prove
 from .recorder import Compiled
 from .refusals import Refusal
 from .scatter import vet_clauses

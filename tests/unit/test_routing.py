@@ -445,6 +445,63 @@ def test_a_bound_value_of_another_type_is_no_proof(planner: Planner, value: Any)
     )
 
 
+_grouped = select(Note.owner, func.count().label("count")).group_by(Note.owner).subquery()
+_limited = select(Note.owner, Note.n).limit(3).subquery()
+_ranked = select(Note.owner, func.rank().over(order_by=Note.n).label("r")).subquery()
+_ranked_by_key = select(Note.owner, func.rank().over(partition_by=Note.owner).label("r")).subquery()
+_bound = select(Note.owner, Note.n).where(Note.owner == 5).cte()
+_bound_limited = select(Note.owner, Note.n).where(Note.owner == 5).limit(3).subquery()
+_twice = select(Note.owner, Note.n).cte()
+_again = _twice.alias()
+_keyless = select(Note.n).subquery()
+_outer_key = select(Note.owner).select_from(Account).outerjoin(Note, Note.owner == Account.id).subquery()
+_nested = select(select(Note.owner, Note.n).subquery()).subquery()
+
+DERIVED: dict[str, tuple[Any, Any]] = {
+    "key of a subquery": (select(select(Account.id).subquery()), ("scatter", None)),
+    "bound outside": (select(_grouped).where(_grouped.c.owner == 5), ("one", FIVE)),
+    "bound outside, nested": (select(_nested).where(_nested.c.owner == 5), ("one", FIVE)),
+    "bound inside": (select(Account).join(_bound, _bound.c.owner == Account.id), ("one", FIVE)),
+    "bound by the other": (
+        select(Account, _grouped.c.count)
+        .join(_grouped, _grouped.c.owner == Account.id)
+        .where(Account.id == 5),
+        ("one", FIVE),
+    ),
+    "bound inside, with LIMIT": (
+        select(Account).join(_bound_limited, _bound_limited.c.owner == Account.id),
+        ("one", FIVE),
+    ),
+    "bound in ON of its own join": (
+        select(Account.id, _grouped.c.count)
+        .outerjoin(_grouped, and_(_grouped.c.owner == Account.id, _grouped.c.owner == 5))
+        .where(Account.id == 5),
+        ("one", FIVE),
+    ),
+    "grouped by key": (select(_grouped).order_by(_grouped.c.count), ("scatter", None)),
+    "joined by key": (select(Account).outerjoin(_grouped, _grouped.c.owner == Account.id), ("scatter", None)),
+    "joined otherwise": (select(Account).join(_grouped, _grouped.c.count == Account.id), ("pulled", None)),
+    "window by key": (select(_ranked_by_key).where(_ranked_by_key.c.owner == 5), ("one", FIVE)),
+    "window over all": (select(_ranked).where(_ranked.c.owner == 5), ("pulled", None)),
+    "LIMIT inside": (select(_limited).where(_limited.c.owner == 5), ("pulled", None)),
+    "without its key": (select(_keyless), ("pulled", None)),
+    "its key from the nullable side": (select(_outer_key).where(_outer_key.c.owner == 5), ("pulled", None)),
+    "twice, joined by key": (select(_twice, _again).where(_twice.c.owner == _again.c.owner), ("scatter", None)),
+    "twice, two keys": (
+        select(_twice, _again).where(_twice.c.owner == 5, _again.c.owner == 6),
+        ("pulled", None),
+    ),
+    "twice, one of them bound": (select(_twice, _again).where(_twice.c.owner == 5), ("pulled", None)),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_a_key_goes_in_and_out_of_subqueries(planner: Planner, name: str) -> None:
+    statement, expected = DERIVED[name]
+    for _ in range(2):
+        assert outcome(planner, statement) == expected
+
+
 PULLED: dict[str, Any] = {
     "FETCH": select(Account).fetch(1),
     "DISTINCT ON": select(Account.n).ext(distinct_on(Account.id)),
@@ -479,7 +536,6 @@ PULLED: dict[str, Any] = {
     "bound through a subquery": select(Account).where(
         Account.id == select(func.max(Note.owner)).where(Note.owner == 5).scalar_subquery()
     ),
-    "subquery in FROM": select(select(Account.id).subquery()),
     "column property": select(column_property(select(func.count(Note.n)).scalar_subquery())),
     "now": select(Account.id, func.now()),
     "random": select(Account.id).where(func.random() > 0.5),
@@ -579,7 +635,10 @@ def test_a_refusal_names_the_columns_that_would_have_to_be_equal(planner: Planne
 def test_what_has_to_be_seen_together_is_not_streamed(planner: Planner) -> None:
     for option in ("yield_per", "stream_results"):
         assert outcome(planner, select(Account), None, **{option: 10}) == ("scatter", None)
-        assert outcome(planner, select(Account).order_by(Account.n), None, **{option: 10}) == ("scatter", None)
+        assert outcome(planner, select(Account).order_by(Account.n), None, **{option: 10}) == (
+            "scatter",
+            None,
+        )
         by_name = select(Account).order_by(Account.name)
         assert outcome(planner, by_name, None, **{option: 10}) == ("refused", "stream")
         assert outcome(planner, by_name.limit(5), None, **{option: 10}) == ("scatter", None)

@@ -385,14 +385,8 @@ def test_where_a_statement_runs(planner: Planner, name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "home beside sharded": (select(User, Setting), "home"),
-    "home beside one key": (select(User, Setting).where(User.id == 5), "home"),
-    "home in a subquery": (select(User).where(User.id == 5, exists().where(Setting.id == 5)), "home"),
     "two homes": (select(Setting, Elsewhere), "home"),
-    "reference equals the key": (
-        select(User, Setting.id).join(Setting, Setting.id == User.id).where(Setting.id == 5),
-        "home",
-    ),
+    "home beside sharded, locked": (select(User, Setting).with_for_update(), "for-update"),
     "update of reference by one key": (
         update(Country).where(Country.code == User.country, User.id == 5).values(name="x"),
         "reference-write",
@@ -437,6 +431,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "unknown function on reference": (select(func.similarity(Country.name, "x")), "function"),
 }
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(User, Setting),
+        select(User, Setting).where(User.id == 5),
+        select(User, Setting).where(User.id.in_([])),
+        select(User).where(User.id == 5, exists().where(Setting.id == 5)),
+        select(User, Setting.id).join(Setting, Setting.id == User.id).where(Setting.id == 5),
+        select(User, Setting, Country).join(Country),
+    ],
+)
+def test_home_beside_sharded_runs_at_home_over_rows_that_are_read(planner: Planner, statement: Any) -> None:
+    for _ in range(2):
+        kind, shards = outcome(planner, statement)
+        assert kind == "pulled"
+        assert shards[0] == topology().named("main").id
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,0 +1,61 @@
+"""Elements: small questions about SQLAlchemy's elements that several modules ask. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import BooleanClauseList, FunctionFilter, Grouping, Label
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import SelectBase
+
+from .vocabulary import ALL_AGGREGATES
+
+
+def is_set(clause: Any) -> bool:
+    """Whether a clause of a statement was given."""
+    return bool(clause) if isinstance(clause, tuple | bool) else clause is not None
+
+
+def conjuncts(condition: Any) -> Iterator[Any]:
+    """The parts of a condition that are all true when it is."""
+    condition = ungrouped(condition)
+    if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+        for part in condition.clauses:
+            yield from conjuncts(part)
+    else:
+        yield condition
+
+
+def ungrouped(element: Any) -> Any:
+    """An element without its parentheses."""
+    while isinstance(element, Grouping):
+        element = element.element
+    return element
+
+
+def unlabelled(element: Any) -> Any:
+    """An element without its label and parentheses."""
+    element = ungrouped(element)
+    while isinstance(element, Label) or getattr(element, "__visit_name__", "") == "label_reference":
+        element = ungrouped(element.element)
+    return element
+
+
+def is_aggregate(element: Any) -> bool:
+    """Whether an element is an aggregate, with its FILTER if it has one."""
+    function = element.func if isinstance(element, FunctionFilter) else element
+    return (
+        isinstance(function, FunctionElement) and str(getattr(function, "name", "")).lower() in ALL_AGGREGATES
+    )
+
+
+def own_elements(*roots: Any) -> Iterator[Any]:
+    """The elements of a block's clauses, but not those of blocks inside it."""
+    todo = list(roots)
+    while todo:
+        element = todo.pop()
+        yield element
+        if not isinstance(element, SelectBase):
+            todo += element.get_children()
