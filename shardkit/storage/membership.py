@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from uuid import UUID
 
 from shardkit.core.errors import (
-    AlreadyShard,
     DeclarationError,
     JobRunning,
     NameTaken,
@@ -20,9 +19,9 @@ from shardkit.core.errors import (
 from shardkit.core.placement import initial
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 
-from . import change, migrate, references, servers, tables
+from . import change, claims, migrate, references, servers, tables
 from .catalog import Catalog
-from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction, value
+from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction
 from .failpoints import failpoint
 from .topologies import write_copy
 from .urls import without_password
@@ -59,14 +58,14 @@ def check_join(
     current = catalog.current()
     if catalog.running_job() is not None:
         raise JobRunning
-    _check_unclaimed(newcomer, catalog.cluster_id(), current)
+    claims.check_free(newcomer, catalog.cluster_id(), current)
     if current is not None and any(shard.name == name for shard in current.shards):
         raise NameTaken(f"A shard named {name!r} exists already.", name=name)
     servers.check_server(newcomer)
     for shard in current.shards if current is not None else ():
         shards.get(shard)
     if current is not None:
-        resumed = _is_claimed(newcomer, catalog.cluster_id())
+        resumed = claims.read(newcomer) is not None  # of this cluster, and rows of reference tables may be there
         _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
     return _joined(current, catalog.next_version(), name, without_password(url), weight)
 
@@ -91,7 +90,8 @@ def join(
     with connect_shard(url, name) as connection:
         expected = check_join(catalog, shards, connection, name=name, url=url, weight=weight)
         migrate.upgrade(url, "shard")
-        _claim(connection, catalog.cluster_id(), expected.named(name).id, name)
+        claim = claims.Claim(catalog.cluster_id(), expected.named(name).id, name)
+        claims.write(catalog, connection, claim, url)
         failpoint("join.claimed")
         before = catalog.current()
         if before is not None and before.references:
@@ -131,33 +131,6 @@ def _joined(current: Topology | None, version: int, name: str, url: str, weight:
     return current.joined(version, shard_id=shard_id, name=name, url=url, weight=weight)
 
 
-def _check_unclaimed(connection: Connection, cluster: UUID, current: Topology | None) -> None:
-    if value(connection, "SELECT to_regclass('shardkit.shard')") is None:
-        return
-    row = connection.execute("SELECT cluster_id, name, shard_id FROM shardkit.shard").fetchone()
-    if row is None:
-        return
-    if row[0] != cluster:
-        raise AlreadyShard(
-            f"This database is shard {row[1]!r} of another catalog ({row[0]}).",
-            cluster=str(row[0]),
-            name=row[1],
-        )
-    if current is not None and row[2] in current.by_id:
-        raise AlreadyShard(
-            f"This database is a shard of this catalog already, named {row[1]!r}.",
-            hint="`shardkit rebalance run` gives it its share of the keys, if it has not got it.",
-            name=row[1],
-        )
-
-
-def _is_claimed(connection: Connection, cluster: UUID) -> bool:
-    """Whether a join of this database has begun: then rows of reference tables may be there."""
-    if value(connection, "SELECT to_regclass('shardkit.shard')") is None:
-        return False
-    return value(connection, "SELECT 1 FROM shardkit.shard WHERE cluster_id = %s", (cluster,)) is not None
-
-
 def _check_tables(
     connection: Connection, pattern: Connection, current: Topology, name: str, resumed: bool
 ) -> None:
@@ -176,17 +149,6 @@ def _check_tables(
             hint="Create the same tables there first, with the migrations or the models that made the others.",
             reasons=problems,
         )
-
-
-def _claim(connection: Connection, cluster: UUID, shard_id: int, name: str) -> None:
-    claimed = connection.execute(
-        "INSERT INTO shardkit.shard (cluster_id, shard_id, name) VALUES (%s, %s, %s) "
-        "ON CONFLICT (singleton) DO UPDATE SET shard_id = excluded.shard_id, name = excluded.name "
-        "WHERE shard.cluster_id = excluded.cluster_id",
-        (cluster, shard_id, name),
-    )
-    if claimed.rowcount == 0:
-        raise AlreadyShard("Another catalog has just made this database its shard.", name=name)
 
 
 def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTable]) -> Topology:
