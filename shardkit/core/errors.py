@@ -169,7 +169,7 @@ class NotInitialised(Refused):
 class AlreadyShard(Refused):
     """This database is a shard already.
 
-    Name another database, or remove the shard from the other catalog first.
+    Name another database. If the other cluster is gone for good, `DROP SCHEMA shardkit CASCADE` there frees this one.
     """
 
 
