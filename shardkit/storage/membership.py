@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from uuid import UUID
 
 from shardkit.core.errors import (
+    AlreadyShard,
     DeclarationError,
     JobRunning,
     NameTaken,
@@ -53,11 +54,14 @@ def check_join(
     """The topology as it would be with this database as a shard; changes nothing.
 
     ``newcomer`` is a connection to the database. Refuses: a name in use, a database that is a shard already, a server
-    that cannot be one, tables that are missing, differ or hold rows. Needs every other shard to answer.
+    that cannot be one, tables that are missing, differ or hold rows. Needs every other shard to answer. A joining
+    that was interrupted recognises itself by name, URL and weight.
     """
-    current = catalog.current()
+    current = catalog.proposed() or catalog.current()  # a pending one is what `join` begins with
     if catalog.running_job() is not None:
         raise JobRunning
+    if current is not None and _has_joined(newcomer, catalog, current, name, without_password(url), weight):
+        return current
     claims.check_free(newcomer, catalog.cluster_id(), current)
     if current is not None and any(shard.name == name for shard in current.shards):
         raise NameTaken(f"A shard named {name!r} exists already.", name=name)
@@ -89,11 +93,13 @@ def join(
     url = without_password(url)
     with connect_shard(url, name) as connection:
         expected = check_join(catalog, shards, connection, name=name, url=url, weight=weight)
+        if expected == (before := catalog.current()):
+            change.drain(catalog, shards)
+            return expected
         migrate.upgrade(url, "shard")
         claim = claims.Claim(catalog.cluster_id(), expected.named(name).id, name)
         claims.write(catalog, connection, claim, url)
         failpoint("join.claimed")
-        before = catalog.current()
         if before is not None and before.references:
             _copy_first(catalog, shards, before, connection)
 
@@ -121,6 +127,25 @@ def _copy_first(catalog: Catalog, shards: ShardConnections, current: Topology, n
     with transaction(first):
         references.copy(first, newcomer, catalog.token or 0, current.references)
     failpoint("join.copied_first")
+
+
+def _has_joined(
+    connection: Connection, catalog: Catalog, current: Topology, name: str, url: str, weight: int
+) -> bool:
+    """Whether the database is this very shard already, or will be as soon as the pending change is settled."""
+    claim = claims.read(connection)
+    if claim is None or (claim.cluster, claim.name) != (catalog.cluster_id(), name):
+        return False
+    shard = current.by_id.get(claim.shard_id)
+    if shard is None or (shard.name, shard.url) != (name, url):
+        return False
+    if shard.weight != weight:
+        raise AlreadyShard(
+            f"Shard {name} has joined already, with the weight {shard.weight}.",
+            hint=f"Go on with `--weight {shard.weight}`, or with `shardkit rebalance run`.",
+            name=name,
+        )
+    return True
 
 
 def _joined(current: Topology | None, version: int, name: str, url: str, weight: int) -> Topology:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from shardkit.cli.app import run
-from shardkit.storage.connections import connect
+from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
+from shardkit.storage.connections import connect, value
 from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import SCHEMA, MakeShards, Shards, fill
 
@@ -95,3 +96,47 @@ def test_a_database_that_took_part_is_never_taken(
         )
     assert run(["shard", "add", "two", url, "--no-run"]) == 3
     assert "of which the catalog knows nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failpoint", ["change.proposed", "change.opened", "change.recorded"])
+def test_the_same_command_goes_on(
+    one: Shards, fresh_database: FreshDatabase, capsys: pytest.CaptureFixture[str], failpoint: str
+) -> None:
+    url = newcomer(fresh_database, 1)
+    killed_at(failpoint, "shard", "add", "two", url, "--yes")
+    assert run(["shard", "add", "two", url, "--weight", "50", "--yes"]) == 3
+    refused = capsys.readouterr().err
+    assert "Shard two has joined already, with the weight 100" in refused
+    assert run(["shard", "add", "two", url, "--yes"]) == 0
+    assert "Job 1 (add shard two): done" in capsys.readouterr().out
+    with connect(url) as connection:
+        assert 0 < value(connection, "SELECT count(*) FROM public.users") < USERS
+    one.assert_clean()
+
+    # And once more, when all is done: nothing is left to do, and nothing is done.
+    version = one.topology().version
+    assert run(["shard", "add", "two", url, "--yes"]) == 0
+    assert "Nothing has to move" in capsys.readouterr().out
+    assert one.topology().version == version
+
+
+def test_the_first_shard_goes_on(
+    fresh_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = fresh_database(0)
+    monkeypatch.setenv("SHARDKIT_CATALOG", fresh_database(0))
+    monkeypatch.setenv(ALLOW_FSYNC_OFF, "1")
+    assert run(["init"]) == 0
+    killed_at("change.proposed", "shard", "add", "one", url)
+    assert run(["shard", "add", "one", url]) == 0
+    capsys.readouterr()
+    assert run(["doctor"]) == 0, capsys.readouterr().out
+
+
+def test_a_settled_joining_has_a_next_step(
+    one: Shards, fresh_database: FreshDatabase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = newcomer(fresh_database, 1)
+    killed_at("change.proposed", "shard", "add", "two", url, "--yes")
+    assert run(["rebalance", "resume"]) == 0
+    assert "Next: `shardkit rebalance run`" in capsys.readouterr().out
