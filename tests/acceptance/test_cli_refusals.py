@@ -393,12 +393,14 @@ def test_a_key_that_cannot_be_hashed(one: Shards, call: Program) -> None:
 
 
 def test_a_key_of_another_type_than_the_tables(one: Shards, call: Program) -> None:
-    for key, family in (("None", "text"), ("5.7", "text"), ("", "text"), (" 5", "text")):
-        routed = call("route", key, "--json").ok()
+    identity = "00112233-4455-6677-8899-aabbccddeeff"
+    for key, family in (("None", "text"), ("5.7", "text"), ("", "text"), (" 5", "text"), (identity, "uuid")):
+        refused = call("route", key).failed(2, f"{key!r} is no key of a declared table: their keys are int.")
+        assert f"`--type {family}`" in refused.err
+        routed = call("route", key, "--type", family, "--json").ok()
         assert routed.document["type"] == family
-        assert "No declared table has a key of type text; there are: int." in routed.err
+        assert f"No declared table has a key of type {family}; there are: int." in routed.err
     assert call("route", "-5", "--json").ok().document["type"] == "int"
-    assert call("route", "00112233-4455-6677-8899-aabbccddeeff", "--json").ok().document["type"] == "uuid"
     assert call("route", "5", "--type", "text", "--json").ok().document["type_guessed"] is False
 
 
