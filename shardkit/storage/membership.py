@@ -6,7 +6,6 @@ Driven by the commands and by an application's `ShardCluster.declare`; each take
 from __future__ import annotations
 
 from collections.abc import Iterable
-from uuid import UUID
 
 from shardkit.core.errors import (
     AlreadyShard,
@@ -28,18 +27,18 @@ from .topologies import write_copy
 from .urls import without_password
 
 
-def initialise(catalog_url: str) -> UUID:
-    """Make the catalog in this database, or bring an older one and its shards up to date; its identity."""
+def initialise(catalog_url: str) -> bool:
+    """Make the catalog in this database, or bring an older one and its shards up to date; whether it made one."""
     connect_catalog(catalog_url).close()
     migrate.upgrade(catalog_url, "catalog")
     with Catalog(connect_catalog(catalog_url), catalog_url) as catalog:
-        identity = catalog.initialise()
+        made = catalog.initialise()
         current = catalog.current()
     for shard in current.shards if current is not None else ():
         connect_shard(shard.url, shard.name).close()
         if migrate.pending(shard.url, "shard"):
             migrate.upgrade(shard.url, "shard")
-    return identity
+    return made
 
 
 def check_join(
