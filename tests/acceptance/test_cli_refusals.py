@@ -121,17 +121,28 @@ def test_a_database_that_is_a_shard_already(
 def test_a_server_that_does_not_answer(one: Shards, newcomer: str, program: Program) -> None:
     with untouched(one.catalog_url):
         program("shard", "add", "s2", NOBODY, "--yes").failed(
-            5, "Shard s2 at postgresql://postgres@127.0.0.1:1/nothing"
+            5, "Shard s2 at postgresql://postgres@127.0.0.1:1/nothing", "Check the server and the URL"
         )
     program("status", "--catalog", NOBODY).failed(
         5, "The catalog at postgresql://postgres@127.0.0.1:1/nothing"
     )
 
 
-def test_a_database_that_is_not_there(one: Shards, newcomer: str, call: Program) -> None:
-    url = newcomer.replace("/fresh_", "/never_")
+def test_a_database_that_lets_nobody_in(
+    one: Shards, newcomer: str, call: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = newcomer.replace("/fresh_", "/never_")
+    nobody = newcomer.replace("postgres@", "nobody@")
     with untouched(one.catalog_url):
-        call("shard", "add", "s2", url, "--yes").failed(5, "does not exist")
+        call("shard", "add", "s2", missing, "--yes").failed(3, "does not exist", "has to be created")
+    call("init", "--catalog", missing).failed(3, "The catalog at", "does not exist", "has to be created")
+    monkeypatch.setenv("PGPASSWORD", "wrong")
+    for url in (newcomer, nobody):
+        refused = call("shard", "add", "s2", url, "--yes").failed(3, "authentication failed", "PGPASSFILE")
+    assert "does not answer" not in refused.err
+    monkeypatch.delenv("PGPASSWORD")
+    monkeypatch.setenv("PGPASSFILE", "/nowhere")
+    call("status").failed(3, "no password supplied", "PGPASSFILE")
 
 
 def test_wal_level_below_logical(
@@ -244,6 +255,11 @@ def test_a_command_line_that_is_wrong(one: Shards, newcomer: str, call: Program)
             given = [newcomer if argument == "URL" else argument for argument in arguments]
             # Typer names the argument in small or capital letters, by version.
             assert reason.lower() in call("shard", "add", *given, "--yes").failed(2).err.lower()
+
+
+def test_the_help_of_the_command_is_named(call: Program, folder: Path) -> None:
+    call("demo", "--json", str(folder)).failed(2, "cannot be written", "See `shardkit demo --help`.")
+    call("shard", "add", "--catalog", NOBODY, "s2").failed(2, "See `shardkit shard add --help`.")
 
 
 # --- passwords ------------------------------------------------------------------------------------------------------
