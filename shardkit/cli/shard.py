@@ -196,6 +196,9 @@ def _join(catalog: Catalog, newcomer: Newcomer) -> None:
         try:
             membership.join(catalog, shards, name=newcomer.name, url=newcomer.url, weight=newcomer.weight)
         except MoveWaiting as error:
+            current = catalog.current()
+            if current is None or all(shard.name != newcomer.name for shard in current.shards):
+                raise MoveWaiting(error.message, hint="End what holds the fence, then run it again.") from error
             raise MoveWaiting(
                 f"Shard {newcomer.name} has joined and owns nothing yet. {error.message}",
                 hint="End what holds the fence, then `shardkit rebalance run`.",

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from shardkit.cli.app import run
+from shardkit.core.errors import MoveWaiting
+from shardkit.core.topology import ReferenceTable
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage.connections import connect, value
 from tests.fix_postgres import FreshDatabase
-from tests.fix_shards import SCHEMA, MakeShards, Shards, fill
+from tests.fix_shards import SCHEMA, TABLES, MakeShards, Shards, fill
 
 USERS = 200
 
@@ -118,6 +120,44 @@ def test_the_same_command_goes_on(
     assert run(["shard", "add", "two", url, "--yes"]) == 0
     assert "Nothing has to move" in capsys.readouterr().out
     assert one.topology().version == version
+
+
+@pytest.mark.parametrize("failpoint", ["change.proposed", "join.copied"])
+def test_the_same_command_goes_on_where_the_change_proves_impossible(
+    make_shards: MakeShards,
+    fresh_database: FreshDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failpoint: str,
+) -> None:
+    """With reference tables a joining closes a shard, and a proposal that it never took is discarded."""
+    countries = ReferenceTable("public", "countries")
+    schema = SCHEMA + "CREATE TABLE public.countries (code text PRIMARY KEY);"
+    shards = make_shards(1, schema=schema, tables=(*TABLES, countries))
+    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
+    shards.on("s1").execute("INSERT INTO public.countries VALUES ('de')")
+    url = fresh_database(1)
+    with connect(url) as connection:
+        connection.execute(schema)
+    killed_at(failpoint, "shard", "add", "two", url, "--yes")
+    assert run(["shard", "add", "two", url, "--yes"]) == 0, capsys.readouterr().err
+    with connect(url) as connection:
+        assert connection.execute("SELECT code FROM public.countries").fetchall() == [("de",)]
+    capsys.readouterr()
+    assert run(["doctor"]) == 0, capsys.readouterr().out
+
+
+def test_a_joining_that_waited_in_vain_is_told_from_a_shard(
+    one: Shards, fresh_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def waited(*args: object, **options: object) -> None:
+        raise MoveWaiting("The fence of shard s1 could not be had.")
+
+    monkeypatch.setattr("shardkit.storage.membership.join", waited)
+    assert run(["shard", "add", "two", newcomer(fresh_database, 1), "--no-run"]) == 5
+    told = capsys.readouterr().err
+    assert "then run it again" in told
+    assert "has joined" not in told
 
 
 def test_the_first_shard_goes_on(
