@@ -18,7 +18,7 @@ help:
 	@echo "make test    the tests; ARGS as pytest"
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff"
-	@echo "make types   mypy --strict"
+	@echo "make types   mypy --strict, and the stub of the native core against what it is"
 	@echo "make bench   benchmarks side by side; JSON into benchmarks/results/"
 	@echo "make clean   remove what was built, and .venv"
 
@@ -36,6 +36,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(IN) -m mypy
+	$(IN) -m mypy.stubtest shardkit._ring
 
 bench: $(READY)
 	$(IN) benchmarks/run.py $(ARGS)

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
-# cython: always_allow_keywords=False, binding=False
+# cython: always_allow_keywords=False, binding=False, autotestdict=False
 """The ring, native: the hash of PostgreSQL and the lookup of owners. Compiled to `shardkit._ring`.
 
 `shardkit.core._pyring` is the same interface in pure Python, with the sources of every rule; each is the test of the
@@ -30,7 +30,7 @@ from array import array as new_array
 from uuid import UUID
 
 from shardkit.core._ringargs import (
-    INT64_FORMATS,
+    INT64_FORMATS as _INT64_FORMATS,
     checked_position,
     checked_ring,
     int64_view,
@@ -226,9 +226,9 @@ def positions(keys):
     ``keys`` is any buffer of signed 64-bit ints in one dimension, or an iterable of keys.
     """
     cdef array found
-    cdef Ints ints
+    cdef _Ints ints
     if PyObject_CheckBuffer(keys):
-        ints = Ints(keys)
+        ints = _Ints(keys)
         found = clone(NO_POSITIONS, ints.count, False)
         with nogil:
             hash_all(ints, found.data.as_longlongs)
@@ -254,7 +254,7 @@ cdef array positions_of_list(list keys):
 
 
 @cython.final
-cdef class Ints:
+cdef class _Ints:
     """A buffer of signed 64-bit ints, held while it is read."""
 
     cdef Py_buffer view
@@ -271,7 +271,7 @@ cdef class Ints:
             self.view.ndim != 1
             or self.view.itemsize != 8
             or self.view.format == NULL
-            or self.view.format.decode() not in INT64_FORMATS
+            or self.view.format.decode() not in _INT64_FORMATS
         ):
             int64_view(memoryview(source))
         self.count = self.view.shape[0]
@@ -293,7 +293,7 @@ cdef class Ints:
         return spare
 
 
-cdef void hash_all(Ints ints, long long *out) noexcept nogil:
+cdef void hash_all(_Ints ints, long long *out) noexcept nogil:
     cdef int64_t spare[BLOCK]
     cdef const int64_t *values
     cdef Py_ssize_t i, size, start = 0
@@ -426,9 +426,9 @@ cdef class Ring:
     def owners(self, keys):
         """Owners of many keys (see `positions`), in their order, as an array of uint16."""
         cdef array found
-        cdef Ints ints
+        cdef _Ints ints
         if PyObject_CheckBuffer(keys):
-            ints = Ints(keys)
+            ints = _Ints(keys)
             found = clone(NO_OWNERS, ints.count, False)
             with nogil:
                 self.owners_of_ints(ints, found.data.as_ushorts)
@@ -448,7 +448,7 @@ cdef class Ring:
             out[i] = self.at(<uint64_t>key_position(<object>PyList_GET_ITEM(keys, i)))
         return found
 
-    cdef void owners_of_ints(self, Ints ints, uint16_t *out) noexcept nogil:
+    cdef void owners_of_ints(self, _Ints ints, uint16_t *out) noexcept nogil:
         cdef int64_t spare[BLOCK]
         cdef uint16_t slot[BLOCK]
         cdef uint64_t place[BLOCK]
@@ -471,13 +471,13 @@ cdef class Ring:
 
     def owners_at(self, positions):
         """Owners of many positions (a buffer of int64, or an iterable), as an array of uint16."""
-        cdef Ints ints = Ints(positions if PyObject_CheckBuffer(positions) else listed_positions(positions))
+        cdef _Ints ints = _Ints(positions if PyObject_CheckBuffer(positions) else listed_positions(positions))
         cdef array found = clone(NO_OWNERS, ints.count, False)
         with nogil:
             self.owners_of_positions(ints, found.data.as_ushorts)
         return found
 
-    cdef void owners_of_positions(self, Ints ints, uint16_t *out) noexcept nogil:
+    cdef void owners_of_positions(self, _Ints ints, uint16_t *out) noexcept nogil:
         cdef int64_t spare[BLOCK]
         cdef const int64_t *values
         cdef Py_ssize_t i, size, start = 0

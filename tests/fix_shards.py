@@ -87,7 +87,9 @@ class Shards:
         return self._open[name]
 
     def _lost(self, name: str) -> bool:
-        """Whether the connection is gone: its server may have been killed since it was last used."""
+        """Whether there is no connection: its server may have been killed, or a command may have added the shard."""
+        if name not in self._open:
+            return True
         try:
             self._open[name].execute("SELECT 1")
         except psycopg.OperationalError:

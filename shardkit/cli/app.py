@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -66,17 +66,28 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments), prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else EXIT_OK
     except Exception as error:
-        return _ended_by(error, wants_json(arguments))
+        return _ended_by(error, arguments)
 
 
-def _ended_by(error: Exception, as_json: bool) -> int:
+def _ended_by(error: Exception, arguments: Sequence[str]) -> int:
     if failures.gave_help(error):
         return EXIT_USAGE
-    known, text = failures.report(error)
-    if as_json:
+    known, text = failures.report(error, _command(arguments))
+    if wants_json(arguments):
         write(json.dumps(failures.document(known), indent=2, ensure_ascii=False) + "\n")
     narrate(text)
     return known.exit_code
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command of a command line, with the program's name."""
+    command: Any = typer.main.get_command(app)
+    path = [PROGRAM]
+    for argument in arguments:
+        if argument in getattr(command, "commands", ()):
+            command = command.commands[argument]
+            path.append(argument)
+    return " ".join(path)
 
 
 def main() -> NoReturn:

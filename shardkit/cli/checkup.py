@@ -15,7 +15,7 @@ from shardkit.core.placement import plan
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import fence, indoubt, migrate, references, tables
+from shardkit.storage import claims, fence, indoubt, migrate, references, tables
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
@@ -141,6 +141,7 @@ def _catalog(catalog: Catalog) -> Iterator[Finding]:
         yield Finding(CATALOG, "schema", Level.OK, "up to date")
     yield _pending(catalog)
     yield _job(catalog)
+    yield from _joining(catalog)
     if topology is not None:
         yield from _declared(topology)
         yield _shares(catalog, topology)
@@ -172,6 +173,19 @@ def _job(catalog: Catalog) -> Finding:
         f"job {job.id} is unfinished and nobody works on it{reason}",
         jobs.RESUME,
     )
+
+
+def _joining(catalog: Catalog) -> Iterator[Finding]:
+    if catalog.lease_holder() is not None:
+        return  # the mover at work may be the one that adds it
+    for name, url in claims.stale(catalog):
+        yield Finding(
+            CATALOG,
+            "joining",
+            Level.PROBLEM,
+            f"the database {redacted(url)} was claimed for shard {name}, which never joined",
+            "`shardkit shard add` with this name and URL goes on; `DELETE FROM shardkit.shard` there gives it up.",
+        )
 
 
 def _declared(topology: Topology) -> Iterator[Finding]:

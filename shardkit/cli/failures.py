@@ -54,9 +54,11 @@ def understood(error: BaseException) -> ShardkitError:
     return Unexpected(f"{type(error).__name__}: {error}")
 
 
-def report(error: BaseException) -> tuple[ShardkitError, str]:
+def report(error: BaseException, command: str = "shardkit") -> tuple[ShardkitError, str]:
     """The error, and the text for stderr: message, next step, and the traceback of a bug."""
     known = understood(error)
+    if type(known) is UsageError and known.hint == UsageError.default_hint():
+        known.hint = f"See `{command} --help`."
     text = f"error: {known.message}" + (f"\n{known.hint}" if known.hint else "")
     if known.exit_code == EXIT_BUG:
         text = "".join(traceback.format_exception(error)) + text

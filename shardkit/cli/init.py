@@ -5,7 +5,6 @@ from __future__ import annotations
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import NotInitialised
 from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.urls import redacted
@@ -25,23 +24,15 @@ def init(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 
     The database must exist; it may be one of the shards. Run again, it changes nothing.
     """
-    there = _is_initialised(catalog)
-    cluster = membership.initialise(catalog)
+    created = membership.initialise(catalog)
     with Catalog.open(catalog) as opened:
+        cluster = opened.cluster_id()
         todo = jobs.next_step(opened, opened.current())
-    document = {"catalog": redacted(catalog), "cluster_id": str(cluster), "created": not there, "next": todo}
+    document = {"catalog": redacted(catalog), "cluster_id": str(cluster), "created": created, "next": todo}
 
     def draw(console: Console) -> None:
-        verb = "is up to date" if there else "is made"
+        verb = "is made" if created else "is up to date"
         console.print(f"The catalog {verb}: {redacted(catalog)} (cluster {cluster})", soft_wrap=True)
         next_step(console, todo)
 
     show(document, as_json, draw)
-
-
-def _is_initialised(catalog: str) -> bool:
-    try:
-        Catalog.open(catalog).connection.close()
-    except NotInitialised:
-        return False
-    return True

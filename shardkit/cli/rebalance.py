@@ -108,13 +108,20 @@ def resume(
     except NothingToDo:
         if not pending:
             raise
-        show(
-            {"job": None, "settled": True, "next": None},
-            as_json,
-            lambda console: console.print("The interrupted change of topology is settled.", soft_wrap=True),
-        )
+        _show_settled(catalog, as_json)
         return
     show_job(catalog, job, as_json)
+
+
+def _show_settled(catalog: str, as_json: bool) -> None:
+    with Catalog.open(catalog) as opened:
+        todo = jobs.next_step(opened, opened.current())
+
+    def draw(console: Console) -> None:
+        console.print("The interrupted change of topology is settled.", soft_wrap=True)
+        next_step(console, todo)
+
+    show({"job": None, "settled": True, "next": todo}, as_json, draw)
 
 
 def abort(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -37,7 +38,7 @@ Family = Annotated[
     typer.Option(
         "--type",
         envvar="SHARDKIT_TYPE",
-        help="Of the key. Else an int if it reads as one, a uuid if it reads as one, else text.",
+        help="Of the key. Else what it reads as among the types that the declared tables have.",
     ),
 ]
 
@@ -64,10 +65,13 @@ def route(
     if is_id:
         route_id(key, catalog, as_json)
         return
-    family = type_ or guess(key)
-    place = position(parse(key, family))
+    if type_ is not None:
+        parse(key, type_)  # refused before the catalog is asked
     topology = _current(catalog)
-    _narrate_type(topology, family, guessed=type_ is None)
+    declared = sorted({table.key_type for table in topology.tables})
+    family = type_ or guess(key, declared)
+    place = position(parse(key, family))
+    _narrate_type(declared, family, guessed=type_ is None)
     owner = topology.by_id[topology.ring.owner_at(place)]
     in_transit = [shard.name for shard in topology.shards if place in shard.in_transit]
     document = {
@@ -153,15 +157,28 @@ def _current(catalog: str) -> Topology:
     return topology
 
 
-def guess(key: str) -> KeyFamily:
-    """The family that a key reads as."""
+def guess(key: str, declared: Collection[str] = ()) -> KeyFamily:
+    """The family that a key reads as, of those that the declared tables have; `KeyTypeError` if it is none of them."""
+    readings = [KeyFamily.TEXT]
     if _INTEGER.fullmatch(key):
-        return KeyFamily.INT
+        readings.insert(0, KeyFamily.INT)
+    elif _is_uuid(key):
+        readings.insert(0, KeyFamily.UUID)
+    for family in readings:
+        if not declared or family.value in declared:
+            return family
+    raise KeyTypeError(
+        f"{key!r} is no key of a declared table: their keys are {' and '.join(declared)}.",
+        hint=f"Correct the key; or say what it is, as in `--type {readings[0]}`.",
+    )
+
+
+def _is_uuid(key: str) -> bool:
     try:
         UUID(key)
     except ValueError:
-        return KeyFamily.TEXT
-    return KeyFamily.UUID
+        return False
+    return True
 
 
 def parse(key: str, family: KeyFamily) -> int | str | UUID:
@@ -178,9 +195,8 @@ def parse(key: str, family: KeyFamily) -> int | str | UUID:
     raise KeyTypeError(f"{key!r} is no {family}.")
 
 
-def _narrate_type(topology: Topology, family: KeyFamily, *, guessed: bool) -> None:
-    declared = sorted({table.key_type for table in topology.tables})
+def _narrate_type(declared: Collection[str], family: KeyFamily, *, guessed: bool) -> None:
     if guessed:
         narrate(f"The key is taken as {family}; --type says otherwise.")
-    if declared and family.value not in declared:
+    elif declared and family.value not in declared:
         narrate(f"No declared table has a key of type {family}; there are: {', '.join(declared)}.")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from sqlalchemy import MetaData
 
-from shardkit.core.errors import MoveWaiting, Refused, UsageError
+from shardkit.core.errors import MoveWaiting, RetryLater, UsageError
 from shardkit.core.keyrange import SLOTS
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import SHARD_NAME, Topology
@@ -121,7 +121,7 @@ def add(
     """Make a database a shard and move its share of the keys there, while applications go on.
 
     The first shard owns every key. Everything is checked before anything is changed. A run that is stopped goes on
-    with `shardkit rebalance resume`.
+    with `shardkit rebalance resume` once rows move, and before that by the same command.
     """
     one_of(plan_only=plan_only, no_run=no_run)
     newcomer = Newcomer(name, _told_of_password(url), weight, load(models) if models else None)
@@ -136,7 +136,7 @@ def add(
             _join(opened, newcomer)
             narrate(f"Shard {name} has joined.")
         if runs and plan_job(opened)[1] != placement:
-            raise Refused(
+            raise RetryLater(
                 f"Shard {name} has joined, but the topology changed meanwhile and another plan is due.",
                 hint="`shardkit rebalance plan` shows it, `shardkit rebalance run` carries it out.",
             )
@@ -196,6 +196,9 @@ def _join(catalog: Catalog, newcomer: Newcomer) -> None:
         try:
             membership.join(catalog, shards, name=newcomer.name, url=newcomer.url, weight=newcomer.weight)
         except MoveWaiting as error:
+            current = catalog.current()
+            if current is None or all(shard.name != newcomer.name for shard in current.shards):
+                raise MoveWaiting(error.message, hint="End what holds the fence, then run it again.") from error
             raise MoveWaiting(
                 f"Shard {newcomer.name} has joined and owns nothing yet. {error.message}",
                 hint="End what holds the fence, then `shardkit rebalance run`.",

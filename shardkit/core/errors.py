@@ -101,7 +101,7 @@ class Unexpected(ShardkitError):
 class UsageError(ShardkitError):
     """The command or call was not used as it must be.
 
-    See `shardkit COMMAND --help`.
+    Correct the call; every command shows with `--help` how it is meant.
     """
 
     exit_code = EXIT_USAGE
@@ -169,7 +169,7 @@ class NotInitialised(Refused):
 class AlreadyShard(Refused):
     """This database is a shard already.
 
-    Name another database, or remove the shard from the other catalog first.
+    Name another database. If the other cluster is gone for good, `DROP SCHEMA shardkit CASCADE` there frees this one.
     """
 
 
@@ -372,7 +372,7 @@ class TopologyUnsettled(RetryLater):
 class ShardUnreachable(RetryLater):
     """A shard does not answer.
 
-    Check the server and its URL in `shardkit shard list`; keys of other shards are not affected.
+    Check the server and the URL of the shard; keys of other shards are not affected.
     """
 
 
@@ -388,6 +388,28 @@ class IdsExhausted(RetryLater):
 
     Wait for leases of processes that are gone to end, or use UUIDs, which need none.
     """
+
+
+class ShardAccessRefused(ShardUnreachable):
+    """A shard's server answers, but does not let this role into this database.
+
+    Correct the URL, the password (PGPASSFILE, PGPASSWORD, a service file) or pg_hba.conf; a database that is missing
+    has to be created.
+    """
+
+    retryable = False
+    exit_code = EXIT_REFUSED
+
+
+class CatalogAccessRefused(CatalogUnreachable):
+    """The catalog's server answers, but does not let this role into this database.
+
+    Correct the URL, the password (PGPASSFILE, PGPASSWORD, a service file) or pg_hba.conf; a database that is missing
+    has to be created.
+    """
+
+    retryable = False
+    exit_code = EXIT_REFUSED
 
 
 class CommitUnknown(RetryLater):

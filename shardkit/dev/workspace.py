@@ -104,7 +104,9 @@ class Workspace:
         if binaries.folder not in self._templates:
             self._templates[binaries.folder] = self._initdb(binaries)
         self._make_for_server(target)
-        _run("cp", "-a", f"{self._templates[binaries.folder]}/.", str(target))
+        shutil.copytree(self._templates[binaries.folder], target, symlinks=True, dirs_exist_ok=True)
+        for path in target.rglob("*"):
+            give(path, self.user)
         renew_identifier(target)
         self._run_as_server(binaries.folder / "pg_resetwal", target)
 

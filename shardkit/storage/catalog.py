@@ -113,12 +113,12 @@ class Catalog:
             return False
         return value(self.connection, "SELECT 1 FROM shardkit.cluster") is not None
 
-    def initialise(self) -> UUID:
-        """Give a new catalog its identity; the one it has if it has one."""
-        self.connection.execute(
+    def initialise(self) -> bool:
+        """Give a new catalog its identity; False if it has one. Of several at once, one gives it."""
+        given = self.connection.execute(
             "INSERT INTO shardkit.cluster (id) VALUES (%s) ON CONFLICT DO NOTHING", (uuid4(),)
         )
-        return self.cluster_id()
+        return given.rowcount == 1
 
     def cluster_id(self) -> UUID:
         """The identity that every shard of this catalog carries."""

@@ -5,13 +5,19 @@ The mover and the commands use them. Applications never do: their statements go 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 
-from shardkit.core.errors import CatalogUnreachable, ShardUnreachable
+from shardkit.core.errors import (
+    CatalogAccessRefused,
+    CatalogUnreachable,
+    ShardAccessRefused,
+    ShardUnreachable,
+)
 from shardkit.core.topology import Shard
 
 from .urls import conninfo, redacted
@@ -47,6 +53,11 @@ SELECT set_config(name, setting, false) FROM unnest(%s::text[], %s::text[]) AS w
 WHERE NOT (name = 'synchronous_commit' AND current_setting(name) = 'remote_apply')
 """
 
+_REFUSALS = re.compile(
+    r"FATAL:\s+(database .* does not exist|role .* (does not exist|is not permitted to log in)"
+    r"|.*authentication failed|no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database)"
+)
+
 
 def connect(
     url: str, *, application: str = "shardkit", options: str | None = None, seconds: int | None = None
@@ -61,23 +72,25 @@ def connect(
 
 
 def connect_shard(url: str, name: str, **extra: Any) -> Connection:
-    """`connect`, with `ShardUnreachable` that names the shard."""
+    """`connect`, with `ShardUnreachable` that names the shard; `ShardAccessRefused` if its server answered."""
     try:
         return connect(url, **extra)
     except psycopg.OperationalError as error:
-        raise ShardUnreachable(
-            f"Shard {name} at {redacted(url)} does not answer: {_first_line(error)}", shard=name
-        ) from error
+        where = f"Shard {name} at {redacted(url)}"
+        if _is_refusal(error):
+            raise ShardAccessRefused(f"{where} does not let us in: {_first_line(error)}", shard=name) from error
+        raise ShardUnreachable(f"{where} does not answer: {_first_line(error)}", shard=name) from error
 
 
 def connect_catalog(url: str, **extra: Any) -> Connection:
-    """`connect`, with `CatalogUnreachable`."""
+    """`connect`, with `CatalogUnreachable`; `CatalogAccessRefused` if its server answered."""
     try:
         return connect(url, **extra)
     except psycopg.OperationalError as error:
-        raise CatalogUnreachable(
-            f"The catalog at {redacted(url)} does not answer: {_first_line(error)}"
-        ) from error
+        where = f"The catalog at {redacted(url)}"
+        if _is_refusal(error):
+            raise CatalogAccessRefused(f"{where} does not let us in: {_first_line(error)}") from error
+        raise CatalogUnreachable(f"{where} does not answer: {_first_line(error)}") from error
 
 
 class ShardConnections:
@@ -109,6 +122,13 @@ class ShardConnections:
             connection = connect_shard(shard.url, shard.name, application=self._application)
             self._open[shard.id] = connection
         return connection
+
+
+def _is_refusal(error: psycopg.OperationalError) -> bool:
+    """Whether a server answered and will answer the same tomorrow: no such database or role, a wrong password."""
+    # libpq gives no SQLSTATE for a connection that was never made. Of a server that speaks another language only
+    # the missing password is known, and the rest counts as unreachable.
+    return (error.pgconn is not None and error.pgconn.needs_password) or _REFUSALS.search(str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:

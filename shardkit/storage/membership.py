@@ -6,7 +6,6 @@ Driven by the commands and by an application's `ShardCluster.declare`; each take
 from __future__ import annotations
 
 from collections.abc import Iterable
-from uuid import UUID
 
 from shardkit.core.errors import (
     AlreadyShard,
@@ -20,26 +19,26 @@ from shardkit.core.errors import (
 from shardkit.core.placement import initial
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 
-from . import change, migrate, references, servers, tables
+from . import change, claims, migrate, references, servers, tables
 from .catalog import Catalog
-from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction, value
+from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction
 from .failpoints import failpoint
 from .topologies import write_copy
 from .urls import without_password
 
 
-def initialise(catalog_url: str) -> UUID:
-    """Make the catalog in this database, or bring an older one and its shards up to date; its identity."""
+def initialise(catalog_url: str) -> bool:
+    """Make the catalog in this database, or bring an older one and its shards up to date; whether it made one."""
     connect_catalog(catalog_url).close()
     migrate.upgrade(catalog_url, "catalog")
     with Catalog(connect_catalog(catalog_url), catalog_url) as catalog:
-        identity = catalog.initialise()
+        made = catalog.initialise()
         current = catalog.current()
     for shard in current.shards if current is not None else ():
         connect_shard(shard.url, shard.name).close()
         if migrate.pending(shard.url, "shard"):
             migrate.upgrade(shard.url, "shard")
-    return identity
+    return made
 
 
 def check_join(
@@ -54,19 +53,22 @@ def check_join(
     """The topology as it would be with this database as a shard; changes nothing.
 
     ``newcomer`` is a connection to the database. Refuses: a name in use, a database that is a shard already, a server
-    that cannot be one, tables that are missing, differ or hold rows. Needs every other shard to answer.
+    that cannot be one, tables that are missing, differ or hold rows. Needs every other shard to answer. A joining
+    that was interrupted recognises itself by name, URL and weight.
     """
-    current = catalog.current()
+    current = catalog.proposed() or catalog.current()  # a pending one is what `join` begins with
     if catalog.running_job() is not None:
         raise JobRunning
-    _check_unclaimed(newcomer, catalog.cluster_id(), current)
+    if current is not None and _has_joined(newcomer, catalog, current, name, without_password(url), weight):
+        return current
+    claims.check_free(newcomer, catalog.cluster_id(), current)
     if current is not None and any(shard.name == name for shard in current.shards):
         raise NameTaken(f"A shard named {name!r} exists already.", name=name)
     servers.check_server(newcomer)
     for shard in current.shards if current is not None else ():
         shards.get(shard)
     if current is not None:
-        resumed = _is_claimed(newcomer, catalog.cluster_id())
+        resumed = claims.read(newcomer) is not None  # of this cluster, and rows of reference tables may be there
         _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
     return _joined(current, catalog.next_version(), name, without_password(url), weight)
 
@@ -90,10 +92,13 @@ def join(
     url = without_password(url)
     with connect_shard(url, name) as connection:
         expected = check_join(catalog, shards, connection, name=name, url=url, weight=weight)
+        if expected == (before := catalog.current()):
+            change.drain(catalog, shards)
+            return expected
         migrate.upgrade(url, "shard")
-        _claim(connection, catalog.cluster_id(), expected.named(name).id, name)
+        claim = claims.Claim(catalog.cluster_id(), expected.named(name).id, name)
+        claims.write(catalog, connection, claim, url)
         failpoint("join.claimed")
-        before = catalog.current()
         if before is not None and before.references:
             _copy_first(catalog, shards, before, connection)
 
@@ -123,39 +128,31 @@ def _copy_first(catalog: Catalog, shards: ShardConnections, current: Topology, n
     failpoint("join.copied_first")
 
 
+def _has_joined(
+    connection: Connection, catalog: Catalog, current: Topology, name: str, url: str, weight: int
+) -> bool:
+    """Whether the database is this very shard already, or will be as soon as the pending change is settled."""
+    claim = claims.read(connection)
+    if claim is None or (claim.cluster, claim.name) != (catalog.cluster_id(), name):
+        return False
+    shard = current.by_id.get(claim.shard_id)
+    if shard is None or (shard.name, shard.url) != (name, url):
+        return False
+    if shard.weight != weight:
+        raise AlreadyShard(
+            f"Shard {name} has joined already, with the weight {shard.weight}.",
+            hint=f"Go on with `--weight {shard.weight}`, or with `shardkit rebalance run`.",
+            name=name,
+        )
+    return True
+
+
 def _joined(current: Topology | None, version: int, name: str, url: str, weight: int) -> Topology:
     if current is None:
         tokens, owners = initial({0: weight})
         return Topology.first(version, [(0, name, url, weight)], tokens, owners)
     shard_id = max(shard.id for shard in current.shards) + 1
     return current.joined(version, shard_id=shard_id, name=name, url=url, weight=weight)
-
-
-def _check_unclaimed(connection: Connection, cluster: UUID, current: Topology | None) -> None:
-    if value(connection, "SELECT to_regclass('shardkit.shard')") is None:
-        return
-    row = connection.execute("SELECT cluster_id, name, shard_id FROM shardkit.shard").fetchone()
-    if row is None:
-        return
-    if row[0] != cluster:
-        raise AlreadyShard(
-            f"This database is shard {row[1]!r} of another catalog ({row[0]}).",
-            cluster=str(row[0]),
-            name=row[1],
-        )
-    if current is not None and row[2] in current.by_id:
-        raise AlreadyShard(
-            f"This database is a shard of this catalog already, named {row[1]!r}.",
-            hint="`shardkit rebalance run` gives it its share of the keys, if it has not got it.",
-            name=row[1],
-        )
-
-
-def _is_claimed(connection: Connection, cluster: UUID) -> bool:
-    """Whether a join of this database has begun: then rows of reference tables may be there."""
-    if value(connection, "SELECT to_regclass('shardkit.shard')") is None:
-        return False
-    return value(connection, "SELECT 1 FROM shardkit.shard WHERE cluster_id = %s", (cluster,)) is not None
 
 
 def _check_tables(
@@ -176,17 +173,6 @@ def _check_tables(
             hint="Create the same tables there first, with the migrations or the models that made the others.",
             reasons=problems,
         )
-
-
-def _claim(connection: Connection, cluster: UUID, shard_id: int, name: str) -> None:
-    claimed = connection.execute(
-        "INSERT INTO shardkit.shard (cluster_id, shard_id, name) VALUES (%s, %s, %s) "
-        "ON CONFLICT (singleton) DO UPDATE SET shard_id = excluded.shard_id, name = excluded.name "
-        "WHERE shard.cluster_id = excluded.cluster_id",
-        (cluster, shard_id, name),
-    )
-    if claimed.rowcount == 0:
-        raise AlreadyShard("Another catalog has just made this database its shard.", name=name)
 
 
 def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTable]) -> Topology:

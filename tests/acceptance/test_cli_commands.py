@@ -23,6 +23,7 @@ from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import MakeShards, fill
 
 USERS = 300
+INIT_LOCK = 0x5348_4152
 POSTS = 3
 
 
@@ -121,6 +122,19 @@ def test_ids_are_decoded(catalog: str, call: Program, make_shards: MakeShards) -
     assert (carried["layout"], carried["time"], carried["slot"]) == ("uuid", "1970-01-01T00:00:00.000Z", 9)
     for wrong in ("-5", "x", str(2**63), "00112233-4455-4677-8899-aabbccddeeff"):
         assert "no id that carries a slot" in call("route", "--id", wrong, **environment).failed(2).err
+
+
+def test_of_several_inits_at_once_one_makes_the_catalog(catalog: str, start: Callable[..., Running]) -> None:
+    with connect(catalog) as connection, connection.transaction():
+        # What the migrations begin with: nobody gets on before all have looked.
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (INIT_LOCK,))
+        running = [start("init", "--json") for _ in range(3)]
+        with connect(catalog) as watcher:
+            while value(watcher, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") < 3:
+                assert all(one.process.poll() is None for one in running)
+    made = [one.end().ok().document for one in running]
+    assert sorted(document["created"] for document in made) == [False, False, True]
+    assert len({document["cluster_id"] for document in made}) == 1
 
 
 def test_what_each_command_prints(catalog: str, call: Program, make_shards: MakeShards) -> None:

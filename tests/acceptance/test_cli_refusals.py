@@ -121,17 +121,28 @@ def test_a_database_that_is_a_shard_already(
 def test_a_server_that_does_not_answer(one: Shards, newcomer: str, program: Program) -> None:
     with untouched(one.catalog_url):
         program("shard", "add", "s2", NOBODY, "--yes").failed(
-            5, "Shard s2 at postgresql://postgres@127.0.0.1:1/nothing"
+            5, "Shard s2 at postgresql://postgres@127.0.0.1:1/nothing", "Check the server and the URL"
         )
     program("status", "--catalog", NOBODY).failed(
         5, "The catalog at postgresql://postgres@127.0.0.1:1/nothing"
     )
 
 
-def test_a_database_that_is_not_there(one: Shards, newcomer: str, call: Program) -> None:
-    url = newcomer.replace("/fresh_", "/never_")
+def test_a_database_that_lets_nobody_in(
+    one: Shards, newcomer: str, call: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = newcomer.replace("/fresh_", "/never_")
+    nobody = newcomer.replace("postgres@", "nobody@")
     with untouched(one.catalog_url):
-        call("shard", "add", "s2", url, "--yes").failed(5, "does not exist")
+        call("shard", "add", "s2", missing, "--yes").failed(3, "does not exist", "has to be created")
+    call("init", "--catalog", missing).failed(3, "The catalog at", "does not exist", "has to be created")
+    monkeypatch.setenv("PGPASSWORD", "wrong")
+    for url in (newcomer, nobody):
+        refused = call("shard", "add", "s2", url, "--yes").failed(3, "authentication failed", "PGPASSFILE")
+    assert "does not answer" not in refused.err
+    monkeypatch.delenv("PGPASSWORD")
+    monkeypatch.setenv("PGPASSFILE", "/nowhere")
+    call("status").failed(3, "no password supplied", "PGPASSFILE")
 
 
 def test_wal_level_below_logical(
@@ -244,6 +255,11 @@ def test_a_command_line_that_is_wrong(one: Shards, newcomer: str, call: Program)
             given = [newcomer if argument == "URL" else argument for argument in arguments]
             # Typer names the argument in small or capital letters, by version.
             assert reason.lower() in call("shard", "add", *given, "--yes").failed(2).err.lower()
+
+
+def test_the_help_of_the_command_is_named(call: Program, folder: Path) -> None:
+    call("demo", "--json", str(folder)).failed(2, "cannot be written", "See `shardkit demo --help`.")
+    call("shard", "add", "--catalog", NOBODY, "s2").failed(2, "See `shardkit shard add --help`.")
 
 
 # --- passwords ------------------------------------------------------------------------------------------------------
@@ -393,12 +409,14 @@ def test_a_key_that_cannot_be_hashed(one: Shards, call: Program) -> None:
 
 
 def test_a_key_of_another_type_than_the_tables(one: Shards, call: Program) -> None:
-    for key, family in (("None", "text"), ("5.7", "text"), ("", "text"), (" 5", "text")):
-        routed = call("route", key, "--json").ok()
+    identity = "00112233-4455-6677-8899-aabbccddeeff"
+    for key, family in (("None", "text"), ("5.7", "text"), ("", "text"), (" 5", "text"), (identity, "uuid")):
+        refused = call("route", key).failed(2, f"{key!r} is no key of a declared table: their keys are int.")
+        assert f"`--type {family}`" in refused.err
+        routed = call("route", key, "--type", family, "--json").ok()
         assert routed.document["type"] == family
-        assert "No declared table has a key of type text; there are: int." in routed.err
+        assert f"No declared table has a key of type {family}; there are: int." in routed.err
     assert call("route", "-5", "--json").ok().document["type"] == "int"
-    assert call("route", "00112233-4455-6677-8899-aabbccddeeff", "--json").ok().document["type"] == "uuid"
     assert call("route", "5", "--type", "text", "--json").ok().document["type_guessed"] is False
 
 

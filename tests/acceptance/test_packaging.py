@@ -44,7 +44,7 @@ SHIPPED = (
     "shardkit",
     "tests",
 )
-BUILT = ("__pycache__", "*.so", "*.egg-info", "results")
+BUILT = ("__pycache__", "*.so", "*.egg-info")
 
 OBJECTS = r"""
 SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace('shardkit') AND relname <> 'alembic_version'
@@ -84,6 +84,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns(*BUILT))
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
+    (source / "benchmarks" / "results").mkdir(exist_ok=True)
+    (source / "benchmarks" / "results" / "measured.json").write_text("{}")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source, cwd=folder)
     return folder / "dist"
 
@@ -144,7 +146,9 @@ def test_the_sdist_has_sources_only(built: Path) -> None:
         "Makefile",
     ):
         assert needed in names
+    assert "benchmarks/run.py" in names
     assert not [name for name in names if name.endswith((".so", ".pyc", "_ring.c"))]
+    assert not [name for name in names if name.startswith("benchmarks/results")]
 
 
 def test_the_wheel_has_the_native_core_its_stub_and_the_migrations(wheel: Path) -> None:

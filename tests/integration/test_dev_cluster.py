@@ -168,6 +168,11 @@ def test_close_may_be_repeated_and_ends_it(new_cluster: NewCluster) -> None:
         cluster.start()
 
 
+def test_no_program_of_the_path_is_needed(new_cluster: NewCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert one(new_cluster(), "SELECT 1") == 1
+
+
 def test_restart_keeps_rows_and_takes_settings(new_cluster: NewCluster) -> None:
     cluster = new_cluster(settings={"wal_level": "replica", "fsync": True, "work_mem": "5MB"})
     run(cluster, "CREATE TABLE t AS SELECT 7 AS x")

@@ -222,6 +222,14 @@ def test_passwords_are_taken_out(text: str, clean: str) -> None:
 )
 def test_what_a_key_reads_as(key: str, family: KeyFamily) -> None:
     assert guess(key) is family
+    assert guess(key, ("int", "text", "uuid")) is family
+    assert guess(key, ("text",)) is KeyFamily.TEXT
+
+
+@pytest.mark.parametrize(("key", "declared"), [("5.7", ("int",)), ("", ("int", "uuid")), ("5", ("uuid",))])
+def test_what_no_declared_key_can_be_is_not_guessed(key: str, declared: tuple[str, ...]) -> None:
+    with pytest.raises(KeyTypeError, match=" and ".join(declared)):
+        guess(key, declared)
 
 
 def test_keys_of_a_type() -> None:

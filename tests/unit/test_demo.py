@@ -15,7 +15,7 @@ from rich.console import Console
 from shardkit.core.errors import DemoFailed, UsageError
 from shardkit.core.keyrange import SLOTS, ArcSet, slot_arc
 from shardkit.core.move import Phase
-from shardkit.core.placement import initial
+from shardkit.core.placement import initial, plan
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.dev.demo import drawing
@@ -302,7 +302,7 @@ def transfer(phase: Phase = Phase.DONE) -> TransferRow:
         "pause_ms": {"total": 9.5, "lock": 1.5},
     }
     return TransferRow(
-        1, 1, 0, 2, ArcSet([slot_arc(0)]), phase, {**record, "copy_seconds": 0.5}, 0, None, None
+        1, 1, 0, 2, ArcSet([slot_arc(0)]), phase, {**record, "copy_began": 1000.0, "copy_seconds": 0.5}, 0, None, None
     )
 
 
@@ -369,6 +369,38 @@ def test_a_good_run_passes_and_has_all_numbers() -> None:
     assert document["copy_seconds"] == 0.5
     assert document["rows_before"]["s3"]["users"] == 0
     assert document["rows_after"]["s3"]["users"] == 4
+
+
+def test_copies_side_by_side_take_their_time_once() -> None:
+    spans = ((1000.0, 2.0), (1001.0, 0.5), (1001.5, 1.0), (1010.0, 0.25))
+    rows = [replace(transfer(), record={"copy_began": began, "copy_seconds": took}) for began, took in spans]
+    report = with_move(transfers=rows)().report({}, {})
+    assert report.as_dict()["copy_seconds"] == 2.75
+
+
+def test_the_minimum_is_not_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = outcome().move
+    monkeypatch.setattr("shardkit.core.placement.quotas", None)
+    monkeypatch.setattr("shardkit.dev.demo.outcome.quotas", None, raising=False)
+    assert move.positions_minimum == 21845 * SLOT
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, 1, 1), (3, 3, 3, 3, 3), (100, 300), (7, 7, 7, 7, 7, 7, 7)])
+def test_nobody_can_move_less_than_the_minimum(weights: tuple[int, ...]) -> None:
+    before = topology(*weights[:-1])
+    newcomer = len(weights) - 1
+    after = before.joined(2, shard_id=newcomer, name="new", url="postgresql:///new", weight=weights[-1])
+    best = plan(after, {shard.id: shard.weight for shard in after.shards}).slots_moved
+    move = Move(before, after, {}, [], 0, "", [])
+    assert move.positions_minimum == best * SLOT
+
+
+def test_the_latency_says_what_it_counts() -> None:
+    console = Console(width=120, file=StringIO(), record=True)
+    replace(outcome().report({}, {}), operations=6680).draw(console)
+    text = console.export_text()
+    assert "Latency of the operations in each phase" in text
+    assert "6,680 operations in all, with those of the warm-up and between two phases" in text
 
 
 @pytest.mark.parametrize(

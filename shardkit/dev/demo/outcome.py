@@ -8,7 +8,6 @@ from typing import Any
 
 from shardkit.core.keyrange import SLOT_BITS, SLOTS
 from shardkit.core.move import Phase
-from shardkit.core.placement import quotas
 from shardkit.core.topology import Topology
 from shardkit.storage.catalog import TransferRow
 
@@ -60,10 +59,18 @@ class Move:
 
     @property
     def positions_minimum(self) -> int:
-        """The least that had to move: what the shards held above their quota."""
-        held = {shard.id: self.before.owned(shard.id).width // SLOT for shard in self.before.shards}
-        wanted = quotas({shard.id: shard.weight for shard in self.after.shards}, held)
-        return sum(max(0, slots - wanted[shard_id]) for shard_id, slots in held.items()) * SLOT
+        """The least that had to move, whoever planned it: from the weights alone, so that the planner is checked.
+
+        On an even ring of whole slots a shard holds its exact share rounded down or up. So it had to give away what
+        it held above the latter, and to get what it lacked of the former.
+        """
+        total = sum(shard.weight for shard in self.after.shards)
+        given = received = 0
+        for shard in self.after.shards:
+            held = self.before.owned(shard.id).width // SLOT if shard.id in self.before.by_id else 0
+            given += max(0, held - -(-SLOTS * shard.weight // total))
+            received += max(0, SLOTS * shard.weight // total - held)
+        return max(given, received) * SLOT
 
     @property
     def unevenness(self) -> float:
@@ -187,6 +194,7 @@ def _transfer(row: TransferRow, names: Mapping[int, str]) -> TransferReport:
         names[row.target],
         row.phase.value,
         sum(record.get("certificate", {}).get("rows", {}).values()),
+        record.get("copy_began", 0.0),
         record.get("copy_seconds", 0.0),
         record.get("pause_ms", {}),
     )

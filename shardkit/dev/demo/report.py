@@ -37,12 +37,17 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class TransferReport:
-    """One transfer as the catalog recorded it. ``pause_ms`` has the whole write pause and its parts."""
+    """One transfer as the catalog recorded it.
+
+    ``rows`` were copied or caught up, and compared by content before the cutover. The copy lasts from its begin, in
+    seconds since 1970, until a mover saw its end. ``pause_ms`` has the whole write pause and its parts.
+    """
 
     source: str
     target: str
     phase: str
     rows: int
+    copy_began: float
     copy_seconds: float
     pause_ms: Mapping[str, float]
 
@@ -71,7 +76,12 @@ class Report:
     checks: tuple[Check, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The document of ``--json``."""
+        """The document of ``--json``.
+
+        ``rows_copied`` are those of the transfers, and ``copy_seconds`` is the time of the clock in which they
+        arrived: once for transfers side by side, and with the time in which no mover ran if one was killed meanwhile.
+        ``operations`` are all, ``latency_ms`` has those of each phase.
+        """
         return {
             "passed": not self.failed,
             "checks": [asdict(check) for check in self.checks],
@@ -96,11 +106,21 @@ class Report:
             },
             "cutover_pause_ms": [transfer.pause_ms.get("total") for transfer in self.transfers],
             "rows_copied": sum(transfer.rows for transfer in self.transfers),
-            "copy_seconds": round(sum(transfer.copy_seconds for transfer in self.transfers), 3),
+            "copy_seconds": round(self.copy_seconds, 3),
             "transfers": [asdict(transfer) for transfer in self.transfers],
             "movers_killed": list(self.kills),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
+
+    @property
+    def copy_seconds(self) -> float:
+        """From the begin of the first copy to the end of the last one, without what lay between two."""
+        spans = sorted((one.copy_began, one.copy_began + one.copy_seconds) for one in self.transfers)
+        total, until = 0.0, 0.0
+        for began, ended in spans:
+            total += max(0.0, ended - max(began, until))
+            until = max(until, ended)
+        return total
 
     @property
     def failed(self) -> list[Check]:
@@ -137,8 +157,14 @@ class Report:
         )
         _section(console, "The move")
         console.print(self._transfers_table())
-        _section(console, f"Latency of {self.operations:,} operations")
+        if "copy" in self.kills:
+            console.print("  A copy goes on while no mover runs, and so does its time.", soft_wrap=True)
+        _section(console, "Latency of the operations in each phase")
         console.print(self._latency_table())
+        console.print(
+            f"  {self.operations:,} operations in all, with those of the warm-up and between two phases",
+            soft_wrap=True,
+        )
         _section(
             console,
             f"Checks of {self.writes:,} acknowledged writes of rows against {self.rows_checked:,} rows",
