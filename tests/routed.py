@@ -101,9 +101,7 @@ def thirds(version: int = 1, metadata: MetaData = Base.metadata) -> Topology:
     """Three shards of a third of the ring each."""
     tokens = [slot_arc(0, count).last for count in (21845, 43690, 65536)]
     shards = [(number, f"s{number}", f"postgresql://s{number}", 100) for number in range(3)]
-    return Topology.first(version, shards, tokens, [0, 1, 2]).declared(
-        version + 1, sharded_tables(metadata)
-    )
+    return Topology.first(version, shards, tokens, [0, 1, 2]).declared(version + 1, sharded_tables(metadata))
 
 
 def stripes(version: int = 1, metadata: MetaData = Base.metadata) -> Topology:
@@ -111,9 +109,7 @@ def stripes(version: int = 1, metadata: MetaData = Base.metadata) -> Topology:
     tokens = [slot_arc(0, 218 * number).last for number in range(1, 301)] + [slot_arc(0, 65536).last]
     owners = [number % 3 for number in range(300)] + [2]
     shards = [(number, f"s{number}", f"postgresql://s{number}", 100) for number in range(3)]
-    topology = Topology.first(version, shards, tokens, owners).declared(
-        version + 1, sharded_tables(metadata)
-    )
+    topology = Topology.first(version, shards, tokens, owners).declared(version + 1, sharded_tables(metadata))
     of_second, of_third = list(topology.owned(1)), list(topology.owned(2))
     topology = topology.marked(version + 2, 0, ArcSet(of_second[::2]))
     topology = topology.marked(version + 3, 1, ArcSet(of_third[10:13]))
@@ -210,16 +206,17 @@ class _Dispatch:
         plan = session.fleet.planner.plan(statement, parameters or None, execution_options)
         session.plans.append(plan)
         route = plan.route(session.fleet.topology)
+        first = session.connections[next(iter(route.shards))]
+        finish = Finishing(first, ShardPart(statement, parameters), execution_options or {})
+        parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
         results = {
             number: session.connections[number].execute(
                 part.statement, part.parameters, execution_options=execution_options
             )
-            for number, part in route.shards.items()
+            for number, part in parts.items()
         }
         if route.merge is None:
             return next(iter(results.values()))
-        first = session.connections[next(iter(route.shards))]
-        finish = Finishing(first, ShardPart(statement, parameters), execution_options or {})
         return route.merge.merged(results, finish)
 
     def scalar(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:

@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, CursorResult, Executable
+from sqlalchemy import Connection, CursorResult, Executable, func, select
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
 from . import partial, replicated, scatterpolicy
+from .prepared import NOW
 from .routing import Parameters, Route, ShardPart
 from .whole import EveryShardPlan
 
@@ -44,6 +45,7 @@ class Finishing:
         self._connection = connection
         self._given = given
         self._options = options
+        self._now: Any = None
 
     def run(self, statement: Executable, parameters: Mapping[str, Any]) -> CursorResult[Any]:
         """Run a statement of the merge's own."""
@@ -57,6 +59,20 @@ class Finishing:
         options[ANSWER] = Answer(description, rows, close)
         statement, parameters = self._given
         return self._connection.execute(statement, parameters, execution_options=options)
+
+    def now(self) -> Any:
+        """When the transaction began there."""
+        if self._now is None:
+            self._now = self._connection.execute(select(func.now())).scalar()
+        return self._now
+
+    def with_time(self, parts: Mapping[int, ShardPart]) -> dict[int, ShardPart]:
+        """The parts of a route, with that time."""
+        now = {NOW: self.now()}
+        return {
+            shard_id: part._replace(parameters={**cast(Mapping[str, Any], part.parameters), **now})
+            for shard_id, part in parts.items()
+        }
 
     def instead(self, statement: Executable) -> CursorResult[Any]:
         """Run the given statement in another form."""
@@ -119,17 +135,19 @@ class Dispatch:
             sent["stream_results"] = True
 
         def work(shard_id: int) -> _Work:
-            part = route.shards[shard_id]
+            part = parts[shard_id]
             connection = connections[shard_id]
             return lambda: connection.execute(part.statement, part.parameters, execution_options=sent)
 
-        works = {shard_id: work(shard_id) for shard_id in route.shards}
+        finish = Finishing(next(iter(connections.values())), given, options)
+        parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
+        works = {shard_id: work(shard_id) for shard_id in parts}
         if session.engines.is_async:
             results = await_(_in_tasks(works))
         else:
             results = _in_threads(works, session.cluster.workers, lambda: _cancel(connections.values()))
         assert route.merge is not None
-        return route.merge.merged(results, Finishing(next(iter(connections.values())), given, options))
+        return route.merge.merged(results, finish)
 
 
 def _in_threads(

@@ -36,10 +36,12 @@ from sqlalchemy.types import Float, Integer, TypeDecorator
 
 from .elements import is_aggregate, ungrouped
 from .merge import Finish
-from .prepared import Prepared, raw_rows
+from .prepared import NOW, Prepared, raw_rows
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .servertypes import ServerType, as_text, constant, typed
+from .vetting import function_names
+from .vocabulary import TIME_FUNCTIONS
 
 _Part = ColumnElement[Any]
 
@@ -113,6 +115,7 @@ class Grouping:
     aggregates: tuple[tuple[Any, _Combined, int], ...]
     expressions: tuple[Any, ...]
     empty: Prepared
+    asks_the_time: bool
     finals: dict[tuple[tuple[str, str | None], ...], Prepared] = field(default_factory=dict)
 
     @property
@@ -205,7 +208,8 @@ def group(compiled: Compiled, columns: Sequence[Any], dialect: Dialect) -> tuple
     if not core._group_by_clauses:
         bare = bare.group_by(None)
     empty = Prepared(dialect, core.where(false()), compiled)
-    made = Grouping(compiled, columns, len(expressions), tuple(aggregates), expressions, empty)
+    asks = any(name in TIME_FUNCTIONS for name in function_names(compiled))
+    made = Grouping(compiled, columns, len(expressions), tuple(aggregates), expressions, empty, asks)
     made.final([("text", None)] * len(parts))  # tries whether all of it can be made of parts
     return bare.with_only_columns(*texts, maintain_column_froms=True), made
 
@@ -290,13 +294,16 @@ class _Grouped:
         """One result of all groups."""
         rows = [row for result in results.values() for row in raw_rows(result)[1]]
         grouping = self.grouping
+        own = {NOW: finish.now()} if grouping.asks_the_time else {}
         if not rows:
             empty = grouping.empty
-            description, rows = raw_rows(finish.run(empty, empty.values(self.call, self.parameters)))
+            description, rows = raw_rows(finish.run(empty, empty.values(self.call, self.parameters, own)))
             return finish.answer(description, rows)
         columns = list(zip(*rows, strict=True))
         types = [(columns[place + 1][0], columns[place + 2][0]) for place in range(0, len(columns), 3)]
         texts = {f"p{number}": list(columns[3 * number]) for number in range(len(types))}
         final = grouping.prepared(tuple(types), self.dialect)
-        description, rows = raw_rows(finish.run(final, final.values(self.call, self.parameters, texts)))
+        description, rows = raw_rows(
+            finish.run(final, final.values(self.call, self.parameters, {**texts, **own}))
+        )
         return finish.answer(description, rows)

@@ -26,6 +26,10 @@ class Finish(Protocol):
         more of them are wanted."""
         ...
 
+    def now(self) -> Any:
+        """When the transaction began on that shard: what all shards of a statement take the time to be."""
+        ...
+
     def instead(self, statement: Executable) -> CursorResult[Any]:
         """Run the application's statement in another form, with its own parameters and options, on that shard."""
         ...

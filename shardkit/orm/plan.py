@@ -38,6 +38,8 @@ class Route(NamedTuple):
     shards: Mapping[int, ShardPart]
     merge: Merge | None
     streamed: bool = False
+    asks_the_time: bool = False
+    """Whether its parts have a parameter that says what time it is."""
 
 
 class Plan:

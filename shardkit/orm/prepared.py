@@ -1,7 +1,8 @@
 """Prepared statements: SQL that the planner derives from an application's statement, compiled once a shape.
 
 What runs on the shards of a scatter is not the statement as it was given but one derived from it: with hidden columns,
-another LIMIT, the ownership predicate. It is compiled when the shape is proved; each call only looks up the values of
+another LIMIT, the ownership predicate; and with one clock: what time it is, is a parameter, so that it is the same on
+all shards. It is compiled when the shape is proved; each call only looks up the values of
 its parameters, as `recorder.Slot` finds them. Results are rows as the driver gives them. All that is private in how
 SQLAlchemy executes compiled SQL is used here alone.
 """
@@ -9,9 +10,11 @@ SQLAlchemy executes compiled SQL is used here alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
-from sqlalchemy import CursorResult
+from sqlalchemy import CursorResult, Date, DateTime, Time
+from sqlalchemy import cast as sql_cast
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
@@ -32,12 +35,17 @@ class Prepared(Executable, ClauseElement):
         derived = statement._generate()
         # The columns of mapped classes bring the ORM's compilation with them, which was done already.
         derived._propagate_attrs = derived._propagate_attrs.__class__()
-        self.compiled: Any = derived.compile(dialect=dialect)
+        self.compiled: Any = _one_clock(cast(Any, dialect.statement_compiler))(dialect, derived)
         self._own = dict(own or {})
         self._slots: dict[str, Slot] = {}
         for bind in self.compiled.bind_names:
-            if bind.key not in self._own:
+            if bind.key not in self._own and bind.key != NOW:
                 self._slots[bind.key] = _slot(compiled, bind)
+
+    @property
+    def asks_the_time(self) -> bool:
+        """Whether it needs the parameter `NOW`."""
+        return any(bind.key == NOW for bind in self.compiled.bind_names)
 
     def values(
         self, call: Call, parameters: Mapping[str, Any], own: Mapping[str, Any] | None = None
@@ -57,6 +65,35 @@ class Prepared(Executable, ClauseElement):
 
     def _compile_w_cache(self, dialect: Any, **_: Any) -> Any:
         return self.compiled, None, None, dialect.CACHING_DISABLED
+
+
+NOW = "shardkit_now"
+"""The parameter that is what time it is, a timestamp with time zone."""
+
+_TIMES: dict[str, Any] = {
+    **dict.fromkeys(("now", "current_timestamp", "transaction_timestamp"), DateTime(timezone=True)),
+    **dict.fromkeys(("statement_timestamp", "clock_timestamp"), DateTime(timezone=True)),
+    "localtimestamp": DateTime(),
+    "current_date": Date(),
+    "current_time": Time(timezone=True),
+    "localtime": Time(),
+}
+
+
+def _visit_time(type_: Any) -> Any:
+    def visit(self: Any, function: Any, **kw: Any) -> str:
+        now = BindParameter(NOW, None, type_=DateTime(timezone=True), required=True)
+        return str(self.process(sql_cast(now, type_), **kw))
+
+    return visit
+
+
+@cache
+def _one_clock(compiler: Any) -> Any:
+    """The compiler of a dialect, with a parameter in the place of functions that tell the time."""
+    return type(
+        "OneClock", (compiler,), {f"visit_{name}_func": _visit_time(of) for name, of in _TIMES.items()}
+    )
 
 
 def _slot(compiled: Compiled, bind: BindParameter[Any]) -> Slot:

@@ -58,7 +58,7 @@ from .recorder import Call, Compiled
 from .refusals import Refusal
 from .servertypes import as_text, constant, typed
 from .vetting import vet_pulled
-from .vocabulary import ROW_FUNCTIONS, ROW_KINDS
+from .vocabulary import ROW_FUNCTIONS, ROW_KINDS, TRANSACTION_TIMES
 
 MOST = "shardkit_most"
 
@@ -196,7 +196,7 @@ def _is_of(condition: Any, node: Node, compiled: Compiled) -> bool:
         if isinstance(element, SelectBase):
             return False
         if isinstance(element, FunctionElement):
-            if str(getattr(element, "name", "")).lower() not in ROW_FUNCTIONS:
+            if str(getattr(element, "name", "")).lower() not in ROW_FUNCTIONS | TRANSACTION_TIMES:
                 return False
         elif isinstance(element, ColumnClause):
             if node.block.find_column(element, compiled.rendered_name) is not node:

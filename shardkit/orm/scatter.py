@@ -29,6 +29,7 @@ from .refusals import Refusal
 from .streaming import Streamed
 from .totals import Totals, totals
 from .vetting import vet_scatter
+from .vocabulary import TIME_FUNCTIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +41,11 @@ class Reading:
     plain: Prepared
     owned: Prepared
     merging: Arrangement | Grouping | Totals
+
+    @property
+    def asks_the_time(self) -> bool:
+        """Whether a shard has to be asked what time it is for all of them."""
+        return self.plain.asks_the_time or (isinstance(self.merging, Grouping) and self.merging.asks_the_time)
 
     def merge(
         self, call: Call, parameters: Mapping[str, Any], dialect: Dialect, streamed: int | None = None
@@ -72,7 +78,7 @@ def reading(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> R
     if proofs[0].block.statement is not core:
         raise Refusal("derived", "a common table expression runs on one shard")
     anchor = anchored(proofs)
-    vet_scatter(compiled)
+    vet_scatter(compiled, TIME_FUNCTIONS)
     vet_clauses(core)
     columns = proofs[0].block.columns
     if len(columns) != len(compiled.compiler._result_columns):

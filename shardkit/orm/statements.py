@@ -229,7 +229,7 @@ class ReadingPlan(SeveralPlan):
         parts = {
             shard_id: self._part(topology, shard_id, positions) for shard_id, positions in shards.items()
         }
-        return Route(parts, self._merge, isinstance(self._merge, Streamed))
+        return Route(parts, self._merge, isinstance(self._merge, Streamed), self._reading.asks_the_time)
 
     def _part(self, topology: Topology, shard_id: int, positions: list[int] | None) -> ShardPart:
         prepared, own = self._reading.plain, dict(self._own)
@@ -290,7 +290,8 @@ class PullPlan(SeveralPlan):
                 prepared = self._pull.owned
                 own.update(owned_arcs(topology.owned(shard_id), topology.by_id[shard_id].in_transit))
             parts[shard_id] = ShardPart(prepared, prepared.values(self._call, parameters, own))
-        return Route(parts, self._pull.merge(self._statement, self._most))
+        merge = self._pull.merge(self._statement, self._most)
+        return Route(parts, merge, asks_the_time=self._pull.plain.asks_the_time)
 
 
 class WritingPlan(SeveralPlan):

@@ -33,10 +33,11 @@ def vet_one_shard(compiled: Compiled) -> None:
     _raw_sql(compiled)
 
 
-def vet_scatter(compiled: Compiled) -> None:
-    """`Refusal` if something in a statement would be another value on another shard."""
+def vet_scatter(compiled: Compiled, also: frozenset[str] = frozenset()) -> None:
+    """`Refusal` if something in a statement would be another value on another shard. ``also`` are functions that are
+    fine in this one."""
     for name in function_names(compiled):
-        if name not in SCATTER_FUNCTIONS:
+        if name not in SCATTER_FUNCTIONS | also:
             raise Refusal(
                 "function",
                 f"the function {name}() is not known to return the same on all shards, so it runs on one",

@@ -68,6 +68,9 @@ TIME_FUNCTIONS = _words(
 )
 """What time it is: a little different on each shard."""
 
+TRANSACTION_TIMES = TIME_FUNCTIONS - _words("clock_timestamp statement_timestamp")
+"""When the transaction began: the same in all of its statements."""
+
 READING_FUNCTIONS = (
     ROW_FUNCTIONS
     | ALL_AGGREGATES

@@ -227,6 +227,28 @@ def test_aggregates_keep_their_types(session: FleetSession) -> None:
     assert session.scalar(select(func.count()).select_from(Account)) == len(KEYS)
 
 
+def test_all_shards_have_one_clock(session: FleetSession) -> None:
+    # Their transactions began at different times.
+    began = [one.scalar(select(func.now())) for one in session.connections.values()]
+    assert len(set(began)) == 3
+    now: Any = func.now()
+    assert set(session.scalars(select(now).select_from(Account))) == {began[0]}
+    both = select(func.localtimestamp(), func.current_date(), Account.id).order_by(Account.id)
+    assert len({(row[0], row[1]) for row in session.execute(both)}) == 1
+    grouped = select(Account.name, func.count(), now).where(now == began[0]).group_by(Account.name)
+    assert {row[2] for row in session.execute(grouped)} == {began[0]}
+    assert session.scalars(select(Account.id).where(now > began[0])).all() == []
+    assert session.execute(select(now, func.avg(Account.n)).where(now != began[0])).one() == (began[0], None)
+    # What runs over rows that are read has the clock of the shard it runs on.
+    pulled = (
+        select(now, func.count()).select_from(Account).join(Note, Note.n == Account.n).where(now == began[0])
+    )
+    time, count = session.execute(pulled).one()
+    assert time == began[0]
+    assert count > 0
+    assert kinds(session) == ["ReadingPlan"] * 5 + ["PullPlan"]
+
+
 def test_what_any_shard_answers_is_asked_of_one(session: FleetSession) -> None:
     assert session.scalar(select(func.upper("x"))) == "X"
     assert session.scalars(select(Account).where(Account.id.in_([])).order_by(Account.n)).all() == []

@@ -412,6 +412,11 @@ SCATTERED: dict[str, Any] = {
     "aggregate in a function": select(func.coalesce(func.sum(Account.n), 0)),
     "min of text": select(func.min(Account.name)),
     "sum of a quotient": select(func.sum(Account.n / 2)),
+    "now": select(Account.id, func.now()),
+    "time in a condition": select(Account.id).where(func.now() > func.current_date()),
+    "time beside groups": select(func.current_timestamp(), func.count())
+    .select_from(Account)
+    .group_by(Account.name),
     "update": update(Account).where(Account.n > 3).values(n=4).returning(Account.id),
     "update from": update(Account).where(Account.id == Note.owner).values(n=Note.n),
     "delete": delete(Account).where(Account.n > 3),
@@ -537,7 +542,6 @@ PULLED: dict[str, Any] = {
         Account.id == select(func.max(Note.owner)).where(Note.owner == 5).scalar_subquery()
     ),
     "column property": select(column_property(select(func.count(Note.n)).scalar_subquery())),
-    "now": select(Account.id, func.now()),
     "random": select(Account.id).where(func.random() > 0.5),
     "aggregate beside a column": select(Account.name, func.count()),
     "count distinct": select(func.count(Account.n.distinct())),
