@@ -36,7 +36,8 @@ class Both:
         async def main() -> T:
             try:
                 async with self.cluster.async_sessionmaker(mode=mode, **options)() as session:
-                    return await session.run_sync(work)  # type: ignore[arg-type]
+                    found: T = await session.run_sync(work)
+                    return found
             finally:
                 self.checked_out = self._checked_out()
                 await self.cluster.adispose()

@@ -59,7 +59,8 @@ def in_session(request: pytest.FixtureRequest, sharded: ShardedCluster) -> InSes
             async def main() -> T:
                 try:
                     async with cluster.async_sessionmaker(**options)() as session:
-                        return await session.run_sync(work)  # type: ignore[arg-type]
+                        found: T = await session.run_sync(work)
+                        return found
                 finally:
                     await cluster.adispose()
 

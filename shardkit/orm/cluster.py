@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from sqlalchemy import MetaData, Table, create_engine
@@ -42,6 +42,12 @@ from .scatterpolicy import Policy
 from .session import ShardAsyncSession, ShardSession
 
 SETTLE_SECONDS = 10.0
+
+if TYPE_CHECKING:  # Python's own has defaults since 3.13
+    from typing_extensions import TypeVar
+
+    S = TypeVar("S", bound=ShardSession, default=ShardSession)
+    A = TypeVar("A", bound=ShardAsyncSession, default=ShardAsyncSession)
 
 
 class ShardCluster:
@@ -87,17 +93,31 @@ class ShardCluster:
     # --- sessions --------------------------------------------------------------------------------------------------
 
     def sessionmaker(
-        self, *, mode: Mode = "single", scatter: Policy = "allow", **options: Any
-    ) -> sessionmaker[ShardSession]:
-        """A factory of sessions; ``options`` are SQLAlchemy's. ``mode`` and ``scatter``: see `ShardSession`."""
-        return sessionmaker(class_=ShardSession, cluster=self, mode=mode, scatter=scatter, **options)
+        self,
+        *,
+        class_: type[S] = ShardSession,  # type: ignore[assignment]  # the default of the type variable
+        mode: Mode = "single",
+        scatter: Policy = "allow",
+        **options: Any,
+    ) -> sessionmaker[S]:
+        """A factory of sessions; ``options`` are SQLAlchemy's. ``mode`` and ``scatter``: see `ShardSession`, of which
+        ``class_`` may be a subclass."""
+        _check_class(class_, ShardSession)
+        return sessionmaker(class_=class_, cluster=self, mode=mode, scatter=scatter, **options)
 
     def async_sessionmaker(
-        self, *, mode: Mode = "single", scatter: Policy = "allow", **options: Any
-    ) -> async_sessionmaker[ShardAsyncSession]:
-        """A factory of sessions for asyncio."""
+        self,
+        *,
+        class_: type[A] = ShardAsyncSession,  # type: ignore[assignment]
+        mode: Mode = "single",
+        scatter: Policy = "allow",
+        **options: Any,
+    ) -> async_sessionmaker[A]:
+        """A factory of sessions for asyncio; ``class_`` may be a subclass of `ShardAsyncSession`."""
+        _check_class(class_, ShardAsyncSession)
+        _check_class(options.get("sync_session_class", class_.sync_session_class), ShardSession)
         return async_sessionmaker(
-            class_=ShardAsyncSession,
+            class_=class_,
             cluster=self,
             engines=self.async_engines,
             mode=mode,
@@ -178,6 +198,15 @@ class ShardCluster:
     def __repr__(self) -> str:
         names = ", ".join(shard.name for shard in self.topology.shards)
         return f"<ShardCluster version {self.topology.version}: {names}>"
+
+
+def _check_class(given: Any, wanted: type) -> None:
+    """A session of another class would not know of shards, or only half."""
+    if not issubclass(given, wanted):
+        raise UsageError(
+            f"{given.__name__} is no subclass of shardkit.{wanted.__name__}.",
+            hint="Name shardkit's class among the bases of yours; of an async class, the `sync_session_class` too.",
+        )
 
 
 def _workers() -> ThreadPoolExecutor:

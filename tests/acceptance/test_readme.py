@@ -141,13 +141,14 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (folder / name).write_text(content)
     for name, heading in (
         ("later_async.py", "With asyncio"),
+        ("later_sqlmodel.py", "With SQLModel"),
         ("later_refused.py", "What the session refuses"),
     ):
         (content,) = found[heading].python()
         (folder / name).write_text(content)
     start, *commands = section.commands()
     user = folder / "user"
-    later = ["echo --- later", "python later_async.py", "python later_refused.py"]
+    later = ["echo --- later", *(f"python later_{name}.py" for name in ("async", "sqlmodel", "refused"))]
     user.write_text("\n".join(["#!/usr/bin/env bash", "set -e", *commands, *later, "touch finished"]) + "\n")
     user.chmod(0o755)
     printed = shell(start, folder, environment(SHELL=str(user)))
