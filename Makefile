@@ -44,7 +44,7 @@ bench: $(READY)
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/results
 	rm -rf _ring.c shardkit.egg-info shardkit/_ring.*.so
-	find shardkit migrations tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find shardkit migrations tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp lies inside .venv, so that whoever removes .venv removes it too. What is needed to build comes first and
 # stays: the build then runs without isolation, the same for every rebuild, and a test packages offline.

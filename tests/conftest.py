@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["pytester", "tests.fix_oracle", "tests.fix_postgres", "tests.fix_sharded", "tests.fix_shards"]
+pytest_plugins = [
+    "pytester",
+    "tests.fix_instagram",
+    "tests.fix_oracle",
+    "tests.fix_postgres",
+    "tests.fix_sharded",
+    "tests.fix_shards",
+]
 
 _TESTS = Path(__file__).parent
 

@@ -144,6 +144,8 @@ def test_the_sdist_has_sources_only(built: Path) -> None:
         "shardkit/_ring.pyi",
         "migrations/env.py",
         "Makefile",
+        "examples/instagram/models.py",
+        "examples/instagram/README.md",
     ):
         assert needed in names
     assert "benchmarks/run.py" in names

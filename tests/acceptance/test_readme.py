@@ -181,7 +181,8 @@ def test_the_refusal_names_what_is_missing(quickstart: tuple[Path, str]) -> None
 
 
 def test_every_link_leads_somewhere() -> None:
-    documents = [README, *README.parent.glob("docs/**/*.md"), README.with_name("CONTRIBUTING.md")]
+    documents = [README, README.with_name("CONTRIBUTING.md")]
+    documents += [path for folder in ("docs", "examples") for path in README.parent.glob(f"{folder}/**/*.md")]
     broken = [
         f"{document.name}: {target}"
         for document in documents
