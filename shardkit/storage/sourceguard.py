@@ -6,6 +6,9 @@ decision on, refuse writes to moved rows by anyone who goes round the session. W
 advisory lock to the end of its transaction, for which the decision waits: a transaction without the fence could
 otherwise commit a write after the last comparison. They are ordinary triggers: a purge, and
 the apply of replicated changes, run with session_replication_role = replica and pass them by.
+
+What a REPEATABLE READ transaction reads is as old as its snapshot, ``shardkit.moved`` included. So it is refused as by
+a fence: it locks an empty relation by a name which the decision renames, and names are looked up as they are now.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ def _function(transfer: int, index: int) -> sql.Identifier:
     return sql.Identifier("shardkit", f"note_{transfer}_{index}")
 
 
+def _marker(transfer: int, state: str) -> sql.Identifier:
+    """The empty relation whose name says whether the rows of a transfer are ``moving`` or have ``moved``."""
+    return sql.Identifier("shardkit", f"{state}_{transfer}")
+
+
 def _trigger(transfer: int, what: str) -> sql.Identifier:
     # 'zz': after the application's own triggers, of which a BEFORE one may still change the key.
     return sql.Identifier(f"zz_shardkit_{transfer}_{what}")
@@ -35,9 +43,16 @@ DECLARE
     new_owner text;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared({lock}, {transfer});
-    SELECT m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
-    IF FOUND THEN
-        RAISE EXCEPTION 'shardkit: this row of %.% has moved to shard %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
+    SELECT 'shard ' || m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
+    IF new_owner IS NULL AND current_setting('transaction_isolation') <> 'read committed' THEN
+        BEGIN
+            LOCK TABLE {moving} IN ACCESS SHARE MODE;
+        EXCEPTION WHEN undefined_table THEN
+            new_owner := 'another shard';
+        END;
+    END IF;
+    IF new_owner IS NOT NULL THEN
+        RAISE EXCEPTION 'shardkit: this row of %.% has moved to %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
             USING ERRCODE = 'SK001', HINT = 'Write through the shardkit session, which knows the owner of a key.';
     END IF;
     IF TG_OP <> 'INSERT' THEN
@@ -67,7 +82,9 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
         transfer=sql.Literal(transfer),
         index=sql.Literal(index),
         key=sql.Identifier(table.key),
+        moving=_marker(transfer, "moving"),
     )
+    source.execute(sql.SQL("CREATE TABLE IF NOT EXISTS {} ()").format(_marker(transfer, "moving")))
     # Definer: the application's role may write its tables and not ours.
     source.execute(
         sql.SQL(
@@ -158,9 +175,13 @@ def set_moved(source: Connection, transfer: int, target: str) -> None:
         "INSERT INTO shardkit.moved (transfer_id, target) VALUES (%s, %s) ON CONFLICT DO NOTHING",
         (transfer, target),
     )
+    moving, moved = _marker(transfer, "moving"), sql.Identifier(f"moved_{transfer}")
+    source.execute(sql.SQL("ALTER TABLE IF EXISTS {} RENAME TO {}").format(moving, moved))
 
 
 def clear(source: Connection, transfer: int) -> None:
     """Drop what a transfer left in shardkit's own tables of the source."""
     source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
     source.execute("DELETE FROM shardkit.moved WHERE transfer_id = %s", (transfer,))
+    for state in ("moving", "moved"):
+        source.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(_marker(transfer, state)))
