@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.storage import change, replication, sequences, sourceguard
+from shardkit.storage import change, replication, sequences, sourceguard, tables
 from shardkit.storage.connections import Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
@@ -31,6 +31,10 @@ _FLUSH = (("lock_timeout", "200ms"), ("synchronous_commit", "on"))
 
 class Postponed(Exception):
     """Not now: says why."""
+
+
+class Altered(Exception):
+    """What was verified was altered since, by DDL or by TRUNCATE: all of it is to be verified again."""
 
 
 class Cutover:
@@ -58,6 +62,7 @@ class Cutover:
         """On the source, whose fence is locked: `Postponed`, or everything is there and the same on the target."""
         run = self._run
         sourceguard.wait_for_writers(source, run.row.id)
+        self._require_unaltered(source)
         self._catch_up()
         self.clock("caught_up")
         self._flush_target()
@@ -74,6 +79,13 @@ class Cutover:
         """On the target, which now owns the arcs: nothing may be applied any more, the purge's deletes least of all."""
         failpoint("cutting over.before opening")
         replication.set_enabled(target, self._run.name, False)
+
+    def _require_unaltered(self, source: Connection) -> None:
+        """What triggers do not note, as a partition that was detached with its rows, changes the shape of a table."""
+        run = self._run
+        tables.lock_shape(source, run.tables)
+        if self._verifier.shapes_now() != self._verifier.shapes:
+            raise Altered("a table was altered since its rows were compared")
 
     def _catch_up(self) -> None:
         run = self._run

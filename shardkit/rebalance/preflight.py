@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import psycopg
 
@@ -36,6 +37,21 @@ def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnect
         raise PreflightFailed(
             f"Rows cannot move from {source.name} to {target.name}:\n"
             + "\n".join(f"  - {text}" for text in reasons),
+            reasons=reasons,
+        )
+
+
+def check_tables(
+    sharded: Iterable[ShardedTable], source: Shard, target: Shard, shards: ShardConnections
+) -> None:
+    """Raise `PreflightFailed` where a table has become one whose rows cannot move, as by DDL during the move."""
+    here, there = shards.get(source), shards.get(target)
+    reasons = [text for table in sharded for text in _table(table, here, there, source, target)]
+    if reasons:
+        raise PreflightFailed(
+            f"Tables were altered while their rows move from {source.name} to {target.name}:\n"
+            + "\n".join(f"  - {text}" for text in reasons),
+            hint="Make the tables alike and `shardkit rebalance resume`, or take the move back with `rebalance abort`.",
             reasons=reasons,
         )
 

@@ -35,7 +35,7 @@ from shardkit.storage.connections import Connection, ShardConnections, transacti
 from shardkit.storage.failpoints import failpoint
 
 from . import preflight
-from .cutover import Cutover, Postponed
+from .cutover import Altered, Cutover, Postponed
 from .progress import Listener, Tracker
 from .verify import Verifier
 
@@ -379,6 +379,7 @@ class TransferRun:
     def _verify(self) -> Event:
         if not self._same_servers():
             return Event.SERVER_CHANGED
+        preflight.check_tables(self.tables, self.source_shard, self.target_shard, self.probes)
         record = self.catalog.transfer(self.row.id).record
         self.track.update(rows_expected=record["rows_expected"])
         self._verifier = Verifier(
@@ -430,6 +431,9 @@ class TransferRun:
                     on_open=cutover.on_open,
                     clock=cutover.clock,
                 )
+            except Altered as reason:
+                self._wait_for(str(reason))
+                return Event.POSTPONED
             except (Postponed, MoveWaiting) as error:
                 if time.monotonic() > deadline:
                     raise MoveWaiting(
@@ -535,8 +539,12 @@ class TransferRun:
         for index, table in enumerate(self.tables):
             uninstall = partial(self._uninstall, index, table)
             self._with_lock_retries(f"the trigger on {table}", self.source_shard, uninstall)
-        with transaction(self.source):
+        self._with_lock_retries("a trigger on a former partition", self.source_shard, self._clear)
+
+    def _clear(self) -> None:
+        with transaction(self.source, *_DDL):
             change.claim(self.source, self.around.token)
+            sourceguard.remove_strays(self.source, self.row.id)
             sourceguard.clear(self.source, self.row.id)
 
     def _uninstall(self, index: int, table: ShardedTable) -> None:

@@ -18,7 +18,7 @@ from shardkit.core.keyrange import Arc, ArcSet
 from shardkit.core.topology import ShardedTable
 from shardkit.storage import digest, sourceguard
 from shardkit.storage.connections import Connection
-from shardkit.storage.tables import describe
+from shardkit.storage.tables import describe, shape
 
 Suspect = tuple[int, str]
 """A table's number and a key of it, as text."""
@@ -43,10 +43,13 @@ class Verifier:
     on_rows: Callable[[int], None]
     suspects: set[Suspect] = field(default_factory=set)
     certificate: dict[str, Any] = field(default_factory=dict)
+    shapes: tuple[str, str] = ("", "")
+    """Of the tables on both sides, before anything was compared."""
     _columns: list[list[str]] = field(default_factory=list)
 
     def run(self) -> None:
         """Compare everything; `VerificationFailed` names the keys that differ."""
+        self.shapes = self.shapes_now()
         self._columns = [self._columns_of(table) for table in self.tables]
         sourceguard.forget_changes(self.source, self.transfer, self.token)
         self.suspects.clear()
@@ -63,6 +66,13 @@ class Verifier:
             "rounds": rounds,
             "arcs": [list(arc) for arc in self.arcs],
         }
+
+    def shapes_now(self) -> tuple[str, str]:
+        """What DDL, or a TRUNCATE, would have changed on either side since `shapes`."""
+        return (
+            shape(self.source, self.tables, self.transfer),
+            shape(self.target, self.tables, self.transfer),
+        )
 
     def remaining_differences(self, statement_timeout: str) -> None:
         """The last comparison, inside the cutover: of what was written since. Nobody may be writing.

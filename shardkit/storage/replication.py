@@ -103,7 +103,11 @@ def create_publication(source: Connection, name: str, tables: Iterable[ShardedTa
         sql.SQL("{} WHERE ({})").format(relation(table), within(table, arcs)) for table in tables
     )
     source.execute(
-        sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)").format(
+        # Not TRUNCATE: row filters do not apply to it, and it would empty the target of its own rows.
+        sql.SQL(
+            "CREATE PUBLICATION {} FOR TABLE {} "
+            "WITH (publish_via_partition_root = true, publish = 'insert, update, delete')"
+        ).format(
             sql.Identifier(name), filtered
         )
     )

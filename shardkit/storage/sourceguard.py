@@ -22,6 +22,7 @@ from .change import claim
 from .connections import Connection, transaction, value
 from .fence import WRITERS_LOCK
 from .predicate import position, relation, within
+from .tables import parts
 
 
 def _function(transfer: int, index: int) -> sql.Identifier:
@@ -109,22 +110,42 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
             "EXECUTE FUNCTION shardkit.refuse_rekey()"
         ).format(_trigger(transfer, "rekey"), relation(table), position(table, "OLD"), position(table, "NEW"))
     )
-    source.execute(
-        sql.SQL(
-            "CREATE TRIGGER {} BEFORE TRUNCATE ON {} FOR EACH STATEMENT EXECUTE FUNCTION shardkit.refuse_truncate()"
-        ).format(_trigger(transfer, "truncate"), relation(table))
-    )
+    # A statement's trigger fires for the table that it names; partitions can be named by themselves.
+    for part in parts(source, table):
+        source.execute(
+            sql.SQL(
+                "CREATE TRIGGER {} BEFORE TRUNCATE ON {} FOR EACH STATEMENT "
+                "EXECUTE FUNCTION shardkit.refuse_truncate()"
+            ).format(_trigger(transfer, "truncate"), part)
+        )
 
 
 def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -> None:
     """Drop the triggers of one table, in the caller's transaction."""
     if not installed(source, transfer, index):
         return
-    for what in ("rekey", "truncate"):
-        source.execute(
-            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, what), relation(table))
-        )
+    source.execute(
+        sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "rekey"), relation(table))
+    )
+    for part in parts(source, table):
+        source.execute(sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "truncate"), part))
     source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
+
+
+def remove_strays(source: Connection, transfer: int) -> None:
+    """Drop the triggers on what was a partition and was detached, when those of all tables are gone."""
+    strays = source.execute(
+        """
+        SELECT n.nspname, c.relname, t.tgname FROM pg_trigger t
+        JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE t.tgname ~ %s AND NOT t.tgisinternal AND t.tgparentid = 0
+        """,
+        (f"^zz_shardkit_{transfer}_",),
+    ).fetchall()
+    for schema, name, trigger in strays:
+        source.execute(
+            sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(trigger), sql.Identifier(schema, name))
+        )
 
 
 def forget_changes(source: Connection, transfer: int, token: int) -> None:

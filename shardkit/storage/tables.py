@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psycopg
@@ -108,6 +109,31 @@ WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
 
 
+_PARTS = """
+SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = %(name)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass))
+"""
+_SHAPE = """
+WITH RECURSIVE tree AS (
+    SELECT to_regclass(name)::oid AS oid, 0::oid AS parent, false AS detaching FROM unnest(%(tables)s::text[]) name
+    UNION ALL
+    SELECT i.inhrelid, i.inhparent, i.inhdetachpending FROM pg_inherits i JOIN tree t ON t.oid = i.inhparent
+)
+SELECT md5(string_agg(fact, E'\n' ORDER BY fact)) FROM (
+    SELECT concat_ws(' ', t.oid, t.parent, t.detaching, c.relname, c.relkind, c.relpersistence, c.relfilenode)
+    FROM tree t LEFT JOIN pg_class c ON c.oid = t.oid
+    UNION ALL
+    SELECT concat_ws(' ', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.attgenerated,
+                     a.attisdropped)
+    FROM tree t JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0
+    UNION ALL
+    -- With xmin: one that was off for a while has missed writes.
+    SELECT concat_ws(' ', g.oid, g.tgenabled, g.xmin) FROM tree t JOIN pg_trigger g ON g.tgrelid = t.oid
+    WHERE g.tgname ~ %(triggers)s
+) AS facts (fact)
+"""
+
+
 def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     """The table as it is on this server; None if it is missing."""
     found = connection.execute(_TABLE, (table.schema, table.name)).fetchone()
@@ -133,6 +159,26 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
         kind, persistence, identity, identity_columns, columns, constraints, frozenset(indexes), primary_key,
         estimate if estimate >= 0 else _guessed_rows(connection, table, oid), size,
     )  # fmt: skip
+
+
+def parts(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
+    """The table and, of a partitioned one, every table below it."""
+    rows = connection.execute(_PARTS, {"name": relation(table).as_string(connection)})
+    return [sql.Identifier(schema, name) for schema, name in rows]
+
+
+def shape(connection: Connection, sharded: Sequence[ShardedTable], transfer: int) -> str:
+    """What DDL changes of the tables, a TRUNCATE included, and of the triggers of a transfer on them: two that are
+    equal say that nothing of the kind was committed between. Rewriting a table (VACUUM FULL, CLUSTER) changes it too.
+    """
+    names = [relation(table).as_string(connection) for table in sharded]
+    return str(value(connection, _SHAPE, {"tables": names, "triggers": f"^zz_shardkit_{transfer}_"}))
+
+
+def lock_shape(connection: Connection, sharded: Sequence[ShardedTable]) -> None:
+    """Keep the tables, and their partitions, as they are to the end of the caller's transaction."""
+    found = sql.SQL(", ").join(map(relation, sharded))
+    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(found))
 
 
 def _guessed_rows(connection: Connection, table: DeclaredTable, oid: int) -> float:
