@@ -42,7 +42,8 @@ LEFTOVERS = {
     "triggers": "SELECT tgname FROM pg_trigger WHERE tgname ~ 'shardkit'",
     "functions": "SELECT proname FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^note_'",
     "moved": "SELECT transfer_id FROM shardkit.moved",
-    "markers": "SELECT relname FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov[a-z]+_[0-9]'",
+    "markers": "SELECT relname FROM pg_class "
+    "WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov[a-z]+_[0-9]'",
     "changed": "SELECT key FROM shardkit.changed",
     "identities": "SELECT relation FROM shardkit.replica_identity",
     "indexes": "SELECT relname FROM pg_class WHERE relname ~ '^shardkit_identity'",

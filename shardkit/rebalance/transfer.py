@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from shardkit.storage import (
     sourceguard,
     tables,
 )
+from shardkit.storage.attended import attended
 from shardkit.storage.catalog import Catalog, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
@@ -197,6 +199,30 @@ class TransferRun:
             self.around.pause(pause)
             pause = min(pause * 1.5, 1.0)
 
+    def _looking_after(self, what: str, shard: Shard, pid: int) -> Callable[[], None]:
+        """What to do, again and again, while backend ``pid`` of a shard makes something: tell whom it waits for, and
+        lose patience with that."""
+        blocked_since: float | None = None
+
+        def look() -> None:
+            nonlocal blocked_since
+            self.around.pause(0)
+            blocker = replication.blocker(self.probes.get(shard), pid)
+            if blocker is None:
+                blocked_since = None
+                return
+            blocked_since = blocked_since or time.monotonic()
+            self._recover_doubtful(shard)
+            self._wait_for(f"{what} waits for {blocker}")
+            if time.monotonic() - blocked_since > self.around.patience:
+                raise MoveWaiting(f"{what[0].upper()}{what[1:]} could not be made: it waits for {blocker}.")
+
+        return look
+
+    def _recover_doubtful(self, shard: Shard) -> None:
+        """End what a crash left prepared on a shard, as somebody else's transaction may be what is waited for."""
+        indoubt.recover(self.topology(), self.probes, only={shard.id})
+
     # --- prepare ---------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> Event:
@@ -226,7 +252,15 @@ class TransferRun:
     def _fit_replica_identity(self, table: ShardedTable) -> None:
         if replicaidentity.fits(self.source, table):
             return
-        replicaidentity.prepare_index(self.source, table, self.around.token)
+        # On a connection of its own: it waits for every transaction that may know the table without the index.
+        connection = self.shards.get(self.source_shard)
+        what = f"the index for the replica identity of {table} on shard {self.source_shard.name}"
+        attended(
+            connection,
+            lambda: replicaidentity.prepare_index(connection, table, self.around.token),
+            self._looking_after(what, self.source_shard, connection.info.backend_pid),
+        )
+        self._wait_for(None)
         self._with_lock_retries(
             f"the replica identity of {table}",
             self.source_shard,
@@ -268,15 +302,18 @@ class TransferRun:
         self._subscribe()
         rows: dict[str, int] = {}
         size: dict[str, int] = {}
-        forgot = time.monotonic()
+        forgot = worked = time.monotonic()
         while True:
             state = self._copy_state()
+            self._require_slot()
             rows |= state.rows
             size |= state.bytes
             self.track.update(rows=sum(rows.values()), bytes=sum(size.values()))
             if state.ready == state.tables == len(self.tables):
                 break
             failpoint("copying.poll")
+            if not self._held_up(state, time.monotonic() - worked):
+                worked = time.monotonic()
             if time.monotonic() - forgot > 5:
                 sourceguard.forget_changes(self.source, self.row.id, self.around.token)
                 forgot = time.monotonic()
@@ -300,25 +337,55 @@ class TransferRun:
         failpoint("copying.subscribed")
 
     def _create_slot(self) -> None:
-        deadline = time.monotonic() + self.around.patience
+        what = f"the replication slot on shard {self.source_shard.name}"
         while True:
-            try:
-                with transaction(self.source):
-                    change.claim(self.source, self.around.token)
-                self.source.execute("SET statement_timeout = '2s'")
-                replication.create_slot(self.source, self.name)
+            with transaction(self.source, *_DDL):
+                change.claim(self.source, self.around.token)
+            slot = replication.slot_state(self.source, self.name)
+            if slot.ready:
                 return self._wait_for(None)
-            except psycopg.errors.QueryCanceled as error:
-                blocker = replication.oldest_writer(self.source) or "a prepared transaction"
-                indoubt.recover(self.topology(), self.shards, only={self.row.source})
-                self._wait_for(f"the replication slot on shard {self.source_shard.name} waits for {blocker}")
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(
-                        f"No replication slot could be made: {blocker} is still open."
-                    ) from error
-            finally:
-                self.source.execute("SET statement_timeout = 0")
-            self.around.pause(POLL)
+            if slot.maker is not None:
+                # A mover that was killed left its server process at work; what that makes is as good.
+                look = self._looking_after(what, self.source_shard, slot.maker)
+                while replication.slot_state(self.source, self.name).maker == slot.maker:
+                    look()
+                    self.around.pause(POLL)
+                continue
+            replication.drop_slot(self.source, self.name)
+            # On a connection of its own: it may take as long as the longest transaction that writes now.
+            connection = self.shards.get(self.source_shard)
+            with suppress(psycopg.errors.DuplicateObject):
+                attended(
+                    connection,
+                    partial(replication.create_slot, connection, self.name),
+                    self._looking_after(what, self.source_shard, connection.info.backend_pid),
+                )
+
+    def _held_up(self, state: replication.CopyState, seconds: float) -> bool:
+        """Whether no table is being copied, which is so for a moment between two; tells the reason, and loses patience
+        with it."""
+        reason = replication.held_up(self.source, state.oid)
+        if reason is None:
+            self._wait_for(None)
+        elif seconds > 2:
+            self._recover_doubtful(self.source_shard)
+            self._wait_for(f"the copy on shard {self.target_shard.name} waits for {reason}")
+            if seconds > self.around.patience:
+                raise MoveWaiting(f"The copy on shard {self.target_shard.name} waits for {reason}.")
+        return reason is not None
+
+    def _require_slot(self) -> None:
+        """`ReplicationFailed` where nothing more can come from the source, so that waiting would never end."""
+        if not replication.slot_is_lost(self.source, self.name):
+            return
+        what = f"Shard {self.source_shard.name} gave up the slot {self.name}"
+        if replication.slot_exists(self.source, self.name):
+            what += ": it held back too much WAL"
+        raise ReplicationFailed(
+            f"{what}.",
+            hint="`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before.",
+            shard=self.source_shard.name,
+        )
 
     def _copy_state(self) -> replication.CopyState:
         """The state of a subscription that runs, or runs again.
@@ -367,12 +434,8 @@ class TransferRun:
                 return time.monotonic() - started
             self._copy_state()
             if time.monotonic() - started > 2:
-                if sender is None and replication.slot_is_lost(self.source, self.name):
-                    raise ReplicationFailed(
-                        f"Shard {self.source_shard.name} gave up the slot {self.name}: it held back too much WAL.",
-                        hint="`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before.",
-                        shard=self.source_shard.name,
-                    )
+                if sender is None:
+                    self._require_slot()
                 self._wait_for(f"shard {self.target_shard.name} applies the writes made meanwhile")
             self.around.pause(0.005)
 
@@ -484,9 +547,24 @@ class TransferRun:
         with transaction(self.source, *change.OPENING):
             change.claim(self.source, self.around.token)
             replication.drop_publication(self.source, self.name)
-        while not self._drop_slot():
-            self.around.pause(0.02)
+        self._drop_slot_patiently()
         failpoint("drop.slot")
+
+    def _drop_slot_patiently(self) -> None:
+        """Until whoever uses it has gone: a walsender, or what a killed mover left at work on it."""
+        deadline = time.monotonic() + self.around.patience
+        while not self._drop_slot():
+            user = replication.slot_state(self.source, self.name).maker
+            blocker = replication.blocker(self.source, user)
+            reason = f"the slot {self.name} on shard {self.source_shard.name} is in use by pid {user}" + (
+                f", which waits for {blocker}" if blocker else ""
+            )
+            if time.monotonic() > deadline:
+                raise MoveWaiting(f"Nothing is dropped yet: {reason}.")
+            if deadline - time.monotonic() < self.around.patience - 2:
+                self._wait_for(reason)
+            self.around.pause(0.02)
+        self._wait_for(None)
 
     def _drop_slot(self) -> bool:
         with transaction(self.source):

@@ -14,7 +14,7 @@ from psycopg import sql
 from shardkit.core.topology import ShardedTable
 
 from .change import claim
-from .connections import Connection, transaction
+from .connections import Connection, transaction, value
 from .predicate import relation
 from .tables import IDENTITY_INDEX, describe
 
@@ -59,6 +59,11 @@ def prepare_index(connection: Connection, table: ShardedTable, token: int) -> No
     )
 
 
+def _exists(connection: Connection, table: ShardedTable) -> bool:
+    name = sql.Identifier(table.schema, _index(table)).as_string(connection)
+    return value(connection, "SELECT to_regclass(%s)", (name,)) is not None
+
+
 def use(connection: Connection, table: ShardedTable, token: int) -> None:
     """Switch to the index, or to FULL; remembers what was there. One attempt at the lock."""
     found = describe(connection, table)
@@ -90,7 +95,12 @@ def restore(connection: Connection, table: ShardedTable, token: int) -> None:
     row = connection.execute(
         "SELECT kind::text, index_name FROM shardkit.replica_identity WHERE relation = %s", (name,)
     ).fetchone()
+    unused = sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))
     if row is None:
+        if _exists(connection, table):  # it was built, or was being built, and never put to use
+            with transaction(connection, *_SETTINGS):
+                claim(connection, token)
+                connection.execute(unused)
         return
     kind, index = row
     how = {
@@ -102,7 +112,5 @@ def restore(connection: Connection, table: ShardedTable, token: int) -> None:
     with transaction(connection, *_SETTINGS):
         claim(connection, token)  # a slow mover would take it from the next one's publication
         connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
-        connection.execute(
-            sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))
-        )
+        connection.execute(unused)
         connection.execute("DELETE FROM shardkit.replica_identity WHERE relation = %s", (name,))

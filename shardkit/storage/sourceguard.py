@@ -128,7 +128,9 @@ def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -
         sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "rekey"), relation(table))
     )
     for part in parts(source, table):
-        source.execute(sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "truncate"), part))
+        source.execute(
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "truncate"), part)
+        )
     source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
 
 
