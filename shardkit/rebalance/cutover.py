@@ -45,11 +45,7 @@ class Cutover:
         self._verifier = verifier
         self._moments: dict[str, float] = {}
         self._sequences = [
-            (ours, theirs[column])
-            for table in run.tables
-            for theirs in [sequences.of_table(run.target, table)]
-            for column, ours in sequences.of_table(run.source, table).items()
-            if column in theirs
+            pair for table in run.tables for pair in sequences.shared(run.source, run.target, table)
         ]
 
     def clock(self, moment: str) -> None:

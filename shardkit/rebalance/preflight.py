@@ -9,7 +9,7 @@ import psycopg
 
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import indoubt, replication, servers, tables
+from shardkit.storage import indoubt, replication, sequences, servers, tables
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
@@ -166,7 +166,7 @@ def _table(
         reasons.append(
             f"trigger {trigger} of {table} on {target.name} fires for replicated rows (ENABLE ALWAYS or REPLICA)"
         )
-    return reasons
+    return reasons + sequences.problems(here, there, table)
 
 
 def _name(table: ShardedTable, connection: Connection) -> str:
