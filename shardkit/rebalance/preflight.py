@@ -139,8 +139,12 @@ def _table(
     reasons += [f"shard {source.name}: {text}" for text in tables.key_problems(table, mine)]
     if mine is None or other is None:
         return reasons
-    if mine.persistence != "p" or other.persistence != "p":
-        reasons.append(f"table {table} is unlogged or temporary, which logical replication does not carry")
+    for shard, connection in ((source, here), (target, there)):
+        reasons += [
+            f"{name} of table {table} on {shard.name} is unlogged or temporary, "
+            "which logical replication does not carry"
+            for name in tables.unlogged(connection, table)
+        ]
     if not mine.primary_key and any(column.generated for column in mine.columns):
         reasons.append(f"table {table} has generated columns and no primary key")
     if not mine.primary_key and mine.identity != "i":
@@ -159,13 +163,15 @@ def _table(
     if value(here, "SELECT 1 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
                    "WHERE i.inhparent = %s::regclass AND NOT c.relispartition", (_name(table, here),)):  # fmt: skip
         reasons.append(f"table {table} has inheritance children, which are not published with it")
-    for (trigger,) in there.execute(
-        "SELECT tgname FROM pg_trigger WHERE tgrelid = %s::regclass AND tgenabled IN ('A', 'R') AND NOT tgisinternal",
-        (_name(table, there),),
-    ):
-        reasons.append(
-            f"trigger {trigger} of {table} on {target.name} fires for replicated rows (ENABLE ALWAYS or REPLICA)"
-        )
+    for shard, connection, what in ((source, here, "deleted"), (target, there, "replicated")):
+        reasons += [
+            f"{trigger} of {table} on {shard.name} fires for {what} rows of a move (ENABLE ALWAYS or REPLICA)"
+            for trigger in tables.eager_triggers(connection, table)
+        ]
+    reasons += [
+        f"column {table}.{column} is {shown}: what its values name (large objects, say) is not carried along"
+        for column, shown in tables.of_this_server(here, table)
+    ]
     return reasons + sequences.problems(here, there, table)
 
 

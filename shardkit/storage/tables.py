@@ -60,6 +60,9 @@ class Column:
 class Table:
     """A table as the server describes it. ``constraints`` and ``indexes`` are definitions without names.
 
+    A primary key that is DEFERRABLE identifies no row while rows are carried: ``primary_key`` is empty then, and
+    ``deferrable_key`` true.
+
     ``rows_estimate`` is the server's, from its statistics or, where there are none, from the size of the table.
     """
 
@@ -73,6 +76,7 @@ class Table:
     primary_key: tuple[str, ...]
     rows_estimate: float
     bytes: int
+    deferrable_key: bool = False
 
     def column(self, name: str) -> Column | None:
         """The column of this name."""
@@ -101,7 +105,7 @@ SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s AND cont
 """
 _INDEXES = """
 SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.relname, %(ours)s),
-       i.indisprimary, i.indisreplident,
+       i.indisprimary, i.indisreplident, i.indimmediate,
        ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k(attnum, place)
              JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum ORDER BY k.place)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
@@ -112,6 +116,43 @@ WHERE i.indrelid = %(oid)s AND i.indisvalid
 _PARTS = """
 SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = %(name)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass))
+"""
+_UNLOGGED = """
+SELECT c.oid::regclass::text FROM pg_class c
+WHERE c.relpersistence <> 'p'
+  AND (c.oid = %(name)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass)))
+ORDER BY 1
+"""
+# Through domains (as is lo), arrays and composites, however deep.
+_OF_THIS_SERVER = """
+WITH RECURSIVE parts AS (
+    SELECT a.attname, format_type(a.atttypid, a.atttypmod) AS shown, a.atttypid AS type FROM pg_attribute a
+    WHERE a.attrelid = %(name)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
+    UNION
+    SELECT p.attname, p.shown, inner_type FROM parts p JOIN pg_type t ON t.oid = p.type
+    CROSS JOIN LATERAL (
+        SELECT t.typbasetype UNION ALL SELECT t.typelem
+        UNION ALL SELECT a.atttypid FROM pg_attribute a
+        WHERE t.typtype = 'c' AND a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped
+    ) AS within (inner_type)
+    WHERE inner_type <> 0
+)
+SELECT DISTINCT p.attname::text, p.shown FROM parts p JOIN pg_type t ON t.oid = p.type
+WHERE t.typnamespace = 'pg_catalog'::regnamespace AND t.typtype = 'b'
+  AND t.typname ~ '^(oid|reg(proc|oper|class|type|role|namespace|config|dictionary|collation).*)$'
+ORDER BY 1
+"""
+_EAGER = """
+WITH parts AS (
+    SELECT c.oid FROM pg_class c
+    WHERE c.oid = %(name)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass))
+)
+SELECT DISTINCT 'trigger ' || tgname FROM pg_trigger
+WHERE tgrelid IN (SELECT oid FROM parts) AND tgenabled IN ('A', 'R') AND NOT tgisinternal
+UNION
+SELECT DISTINCT 'rule ' || rulename FROM pg_rewrite
+WHERE ev_class IN (SELECT oid FROM parts) AND ev_type <> '1' AND ev_enabled IN ('A', 'R')
+ORDER BY 1
 """
 _SHAPE = """
 WITH RECURSIVE tree AS (
@@ -146,9 +187,13 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     primary_key: tuple[str, ...] = ()
     identity_columns: frozenset[str] = frozenset()
     found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": IDENTITY_INDEX})
-    for definition, name, ours, primary, replica_identity, names in found_indexes:
+    deferrable_key = False
+    for definition, name, ours, primary, replica_identity, immediate, names in found_indexes:
         if not ours:  # else it stands on one server alone, for as long as a job runs
             indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
+        if primary and not immediate:
+            deferrable_key = True  # two rows may have it at once: to replication it is none
+            continue
         if primary:
             primary_key = tuple(names)
         if replica_identity or (identity == "d" and primary):
@@ -157,7 +202,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
         identity_columns = frozenset(column.name for column in columns)
     return Table(
         kind, persistence, identity, identity_columns, columns, constraints, frozenset(indexes), primary_key,
-        estimate if estimate >= 0 else _guessed_rows(connection, table, oid), size,
+        estimate if estimate >= 0 else _guessed_rows(connection, table, oid), size, deferrable_key,
     )  # fmt: skip
 
 
@@ -192,6 +237,23 @@ def _guessed_rows(connection: Connection, table: DeclaredTable, oid: int) -> flo
         (oid,),
     )
     return float(plan[0]["Plan"]["Plan Rows"]) * (1.0 if pages is None else min(1.0, pages / 10))
+
+
+def unlogged(connection: Connection, table: ShardedTable) -> list[str]:
+    """Names of what of the table, itself or a partition, is not permanent."""
+    name = relation(table).as_string(connection)
+    return [name for (name,) in connection.execute(_UNLOGGED, {"name": name})]
+
+
+def of_this_server(connection: Connection, table: ShardedTable) -> list[tuple[str, str]]:
+    """Columns, with their types, whose values mean something on this server alone: numbers of large objects, and of
+    tables, roles, functions."""
+    return connection.execute(_OF_THIS_SERVER, {"name": relation(table).as_string(connection)}).fetchall()
+
+
+def eager_triggers(connection: Connection, table: ShardedTable) -> list[str]:
+    """Triggers and rules of the application's that act even on rows that are copied or purged."""
+    return [what for (what,) in connection.execute(_EAGER, {"name": relation(table).as_string(connection)})]
 
 
 def is_empty(connection: Connection, table: DeclaredTable) -> bool:
@@ -232,6 +294,11 @@ def key_problems(table: ShardedTable, found: Table | None) -> list[str]:
         problems.append(f"key {table}.{table.key} has a nondeterministic collation")
     if key.identity or (key.default and "nextval" in key.default):
         problems.append(f"key {table}.{table.key} is numbered by each server by itself")
+    if found.deferrable_key and table.key not in found.identity_columns:
+        problems.append(
+            f"the primary key of {table} is DEFERRABLE, so it cannot tell which row a replicated change means "
+            "(make it NOT DEFERRABLE, or give the table a REPLICA IDENTITY that holds the shard key)"
+        )
     return problems
 
 
