@@ -227,13 +227,13 @@ class TransferRun:
 
     def _prepare(self) -> Event:
         topology = self.topology()
+        self._drop_replication()  # what a copy that begins again left takes slots that it needs
+        preflight.check(topology, self.source_shard, self.target_shard, self.shards)
+        with self.around.fitting:
+            for table in self.tables:
+                self._fit_replica_identity(table)
         if not topology.by_id[self.row.target].in_transit.issuperset(self.row.arcs):
-            preflight.check(topology, self.source_shard, self.target_shard, self.shards)
-            with self.around.fitting:
-                for table in self.tables:
-                    self._fit_replica_identity(table)
             self._patiently_change(lambda now, version: now.marked(version, self.row.target, self.row.arcs))
-        self._drop_replication()
         self._delete_rows(self.target_shard)
         for index, table in enumerate(self.tables):
             install = partial(self._install, index, table)
