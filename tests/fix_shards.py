@@ -64,7 +64,11 @@ class Shards:
 
     def add(self, name: str, server: int | Cluster) -> Topology:
         """One more shard, on a new database of a server; it owns nothing yet unless it is the first."""
-        url = self.fresh_database(server) if isinstance(server, int) else server.create_database("app")
+        if isinstance(server, int):
+            url = self.fresh_database(server)
+        else:
+            url = server.create_database("app")
+            url = server.url("app", tcp=True) if server.tcp else url
         self._open[name] = connect(url)
         self._open[name].execute(self.schema)
         with self.writer() as (catalog, shards):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from shardkit.storage import change, replication, sequences, sourceguard, tables
-from shardkit.storage.connections import Connection, transaction
+from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
 from .verify import SMALL, Verifier
@@ -26,7 +26,7 @@ CATCH_UP_LIMIT = 0.5
 """Seconds that the target may take for the last writes while applications wait."""
 COMPARE_LIMIT = "500ms"
 """Time that one query of the last comparison may take."""
-_FLUSH = (("lock_timeout", "200ms"), ("synchronous_commit", "on"))
+_FLUSH = (*SHORT, ("lock_timeout", "200ms"), ("synchronous_commit", "on"))
 
 
 class Postponed(Exception):

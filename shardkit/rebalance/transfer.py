@@ -33,7 +33,7 @@ from shardkit.storage import (
 )
 from shardkit.storage.attended import attended
 from shardkit.storage.catalog import Catalog, TransferRow
-from shardkit.storage.connections import Connection, ShardConnections, transaction
+from shardkit.storage.connections import SHORT, Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
 
 from . import preflight
@@ -47,7 +47,8 @@ SMALL_LAG = 0.5
 """Seconds in which the target must have applied everything before rows are compared."""
 REVIVALS = 5
 """So many times in a row a subscription that stopped is enabled again."""
-_DDL = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+_PATIENT = (*change.OPENING, ("lock_timeout", "500ms"))
+_DDL = (*SHORT, ("lock_timeout", "50ms"), ("synchronous_commit", "on"))
 
 
 class Interrupted(Exception):
@@ -339,8 +340,7 @@ class TransferRun:
     def _create_slot(self) -> None:
         what = f"the replication slot on shard {self.source_shard.name}"
         while True:
-            with transaction(self.source, *_DDL):
-                change.claim(self.source, self.around.token)
+            self._claim_source()
             slot = replication.slot_state(self.source, self.name)
             if slot.ready:
                 return self._wait_for(None)
@@ -410,7 +410,7 @@ class TransferRun:
                 errors=state.errors,
             )
         self.around.pause(0.1 * self._revivals)
-        with transaction(self.target):
+        with transaction(self.target, *SHORT):
             change.claim(self.target, self.around.token)  # the opening may have stopped it, by another mover
             replication.set_enabled(self.target, self.name, True)
         return state
@@ -540,15 +540,21 @@ class TransferRun:
 
     def _drop_replication(self) -> None:
         """Subscription first, and the slot when nobody uses it any more; nothing that was never made is missed."""
-        with transaction(self.target, *change.OPENING):
-            change.claim(self.target, self.around.token)
-            replication.drop_subscription(self.target, self.name)
+        self._with_lock_retries("the end of the subscription", self.target_shard, self._drop_subscription)
         failpoint("drop.subscription")
-        with transaction(self.source, *change.OPENING):
-            change.claim(self.source, self.around.token)
-            replication.drop_publication(self.source, self.name)
+        self._with_lock_retries("the end of the publication", self.source_shard, self._drop_publication)
         self._drop_slot_patiently()
         failpoint("drop.slot")
+
+    def _drop_subscription(self) -> None:
+        with transaction(self.target, *_PATIENT):
+            change.claim(self.target, self.around.token)
+            replication.drop_subscription(self.target, self.name)
+
+    def _drop_publication(self) -> None:
+        with transaction(self.source, *_PATIENT):
+            change.claim(self.source, self.around.token)
+            replication.drop_publication(self.source, self.name)
 
     def _drop_slot_patiently(self) -> None:
         """Until whoever uses it has gone: a walsender, or what a killed mover left at work on it."""
@@ -567,7 +573,7 @@ class TransferRun:
         self._wait_for(None)
 
     def _drop_slot(self) -> bool:
-        with transaction(self.source):
+        with transaction(self.source, *SHORT):
             change.claim(self.source, self.around.token)
             return replication.drop_slot(self.source, self.name)
 
@@ -630,10 +636,13 @@ class TransferRun:
             change.claim(self.source, self.around.token)
             sourceguard.remove(self.source, self.row.id, index, table)
 
+    def _claim_source(self) -> None:
+        with transaction(self.source, *_PATIENT):
+            change.claim(self.source, self.around.token)
+
     def _undo(self) -> Event:
         # Written on the source first: a decision by an older mover is now made already or can never be.
-        with transaction(self.source, ("synchronous_commit", "on")):
-            change.claim(self.source, self.around.token)
+        self._with_lock_retries("the end of the move", self.source_shard, self._claim_source)
         self._settle()
         if self._decided():
             return Event.DECIDED

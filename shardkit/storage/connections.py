@@ -50,6 +50,13 @@ _SETTINGS = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
+SHORT = (
+    ("lock_timeout", "2s"),
+    # A mover that hangs, or whose machine vanished, loses what it holds.
+    ("idle_in_transaction_session_timeout", "2s"),
+    ("tcp_user_timeout", "5s"),
+)
+"""Settings of every transaction in which a mover holds anything: its token, a fence, a lock on a table."""
 _SET = """
 SELECT set_config(name, setting, false) FROM unnest(%s::text[], %s::text[]) AS wanted (name, setting)
 WHERE NOT (name = 'synchronous_commit' AND current_setting(name) = 'remote_apply')

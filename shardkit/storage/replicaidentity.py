@@ -14,12 +14,12 @@ from psycopg import sql
 from shardkit.core.topology import ShardedTable
 
 from .change import claim
-from .connections import Connection, transaction, value
+from .connections import SHORT, Connection, transaction, value
 from .predicate import relation
 from .tables import IDENTITY_INDEX, describe
 
 # ALTER TABLE waits for every reader, and every reader behind it waits too.
-_SETTINGS = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+_SETTINGS = (*SHORT, ("lock_timeout", "50ms"), ("synchronous_commit", "on"))
 
 
 def _index(table: ShardedTable) -> str:
@@ -48,7 +48,7 @@ def prepare_index(connection: Connection, table: ShardedTable, token: int) -> No
     ).fetchone()
     if valid is not None and valid[0]:
         return
-    with transaction(connection):
+    with transaction(connection, *SHORT):
         claim(connection, token)
     connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
     columns = [table.key, *(column for column in found.primary_key if column != table.key)]

@@ -19,7 +19,7 @@ from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import ShardedTable
 
 from .change import claim
-from .connections import Connection, transaction, value
+from .connections import SHORT, Connection, transaction, value
 from .fence import WRITERS_LOCK
 from .predicate import position, relation, within
 from .tables import parts
@@ -152,7 +152,7 @@ def remove_strays(source: Connection, transfer: int) -> None:
 
 def forget_changes(source: Connection, transfer: int, token: int) -> None:
     """Drop what was noted and committed so far: what is compared from now on sees those writes."""
-    with transaction(source):
+    with transaction(source, *SHORT):
         claim(source, token)
         source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
 
@@ -162,7 +162,7 @@ def take_changes(source: Connection, transfer: int, token: int, limit: int) -> l
 
     `MoverSuperseded` where another mover compares now: a note that went to the wrong one would never be looked at.
     """
-    with transaction(source):
+    with transaction(source, *SHORT):
         claim(source, token)
         rows = source.execute(
             """

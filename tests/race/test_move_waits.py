@@ -219,3 +219,54 @@ def test_a_copy_that_cannot_begin_says_whom_it_waits_for(make_shards: MakeShards
         shards.resume(patience=2.5)
     shards.resume()
     shards.assert_clean()
+
+
+# --- what a mover before this one left at work ------------------------------------------------------------------------
+
+
+@contextmanager
+def token_held(shards: Shards, name: str) -> Iterator[Connection]:
+    """As by a statement of a mover that was killed: it goes on until the server notices."""
+    url = shards.topology().named(name).url
+    with connect(url, application="shardkit mover that was killed") as connection:
+        connection.execute("BEGIN")
+        connection.execute("UPDATE shardkit.mover SET token = token")
+        yield connection
+
+
+def test_a_statement_of_a_killed_mover_is_waited_for_and_named(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    assert run_mover(shards, "purging.begin") == -signal.SIGKILL
+    with token_held(shards, "s1") as old:
+        with pytest.raises(MoveWaiting, match="mover that was killed"):
+            shards.resume(patience=1.0)
+        mover = Resumed(shards)
+        mover.start()
+        until(lambda: mover.waits_for("mover that was killed"), "the mover tells whom it waits for")
+        old.execute("COMMIT")
+        mover.join()
+    assert mover.error is None
+    shards.assert_clean()
+
+
+def test_a_pending_change_waits_for_a_statement_of_a_killed_mover(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    assert run_mover(shards, "change.proposed:1") == -signal.SIGKILL
+    with token_held(shards, "s2"), pytest.raises(MoveWaiting, match="A lock was not to be had"):
+        shards.resume(patience=0.5)
+    shards.resume()
+    shards.assert_clean()
+
+
+def test_a_killed_movers_statement_ends_by_itself(make_shards: MakeShards) -> None:
+    """The server looks whether anybody is there to be answered."""
+    shards = make_shards(2)
+    url = shards.topology().named("s1").url
+    with token_held(shards, "s1"), connect(url, application="gone") as waiting:
+        waiting.pgconn.send_query(b"UPDATE shardkit.mover SET token = token")
+        query = "SELECT wait_event_type FROM pg_stat_activity WHERE application_name = 'gone'"
+        until(lambda: value(shards.on("s1"), query) == "Lock", "it waits")
+        waiting.close()  # as the kernel does for a process that is killed
+        until(lambda: value(shards.on("s1"), query) is None, "it is gone", 10.0)
