@@ -1,7 +1,7 @@
 """The triggers that stand on the source's tables from PREPARE to DONE.
 
-They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note the keys
-of moving rows that are written, so that the last comparison before the decision looks at those alone, and, from the
+They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note which
+moving rows are written, so that the last comparison before the decision looks at those alone, and, from the
 decision on, refuse writes to moved rows by anyone who goes round the session. Whoever writes a moving row holds an
 advisory lock to the end of its transaction, for which the decision waits: a transaction without the fence could
 otherwise commit a write after the last comparison. They are ordinary triggers: a purge, and
@@ -13,6 +13,8 @@ a fence: it locks an empty relation by a name which the decision renames, and na
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from psycopg import sql
 
 from shardkit.core.keyrange import ArcSet
@@ -20,9 +22,25 @@ from shardkit.core.topology import ShardedTable
 
 from .change import claim
 from .connections import SHORT, Connection, transaction, value
+from .digest import TEXT_FORM, identity_text
 from .fence import WRITERS_LOCK
 from .predicate import position, relation, within
-from .tables import parts
+from .tables import Table, describe, parts
+
+_ALWAYS_ALIKE = {
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "numeric",
+    "text",
+    "varchar",
+    "bpchar",
+    "uuid",
+    "date",
+    "timestamp",
+}
+"""Types whose form in JSON depends on no setting."""
 
 
 def _function(transfer: int, index: int) -> sql.Identifier:
@@ -42,6 +60,8 @@ def _trigger(transfer: int, what: str) -> sql.Identifier:
 _BODY = sql.SQL("""
 DECLARE
     new_owner text;
+    before text;
+    after text;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared({lock}, {transfer});
     SELECT 'shard ' || m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
@@ -57,14 +77,30 @@ BEGIN
             USING ERRCODE = 'SK001', HINT = 'Write through the shardkit session, which knows the owner of a key.';
     END IF;
     IF TG_OP <> 'INSERT' THEN
-        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, OLD.{key}::text);
+        before := {before};
+        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, before);
     END IF;
-    IF TG_OP = 'INSERT' OR (TG_OP = 'UPDATE' AND NEW.{key} IS DISTINCT FROM OLD.{key}) THEN
-        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, NEW.{key}::text);
+    IF TG_OP <> 'DELETE' THEN
+        after := {after};
+        IF after IS DISTINCT FROM before THEN
+            INSERT INTO shardkit.changed VALUES ({transfer}, {index}, after);
+        END IF;
     END IF;
     RETURN NULL;
 END
 """)
+
+
+def _text_form(found: Table, identity: Sequence[str]) -> sql.Composable:
+    """Settings for a function that notes rows, where the text of which row it is depends on those of its caller."""
+    types = {column.base for column in found.columns if column.name in identity}
+    if types <= _ALWAYS_ALIKE:
+        return sql.SQL("")
+    return sql.SQL(" ").join(
+        sql.SQL("SET {} = {}").format(sql.Identifier(name.lower()), sql.Literal(setting))
+        for name, setting in TEXT_FORM
+        if name not in ("DateStyle", "row_security")
+    ) + sql.SQL(" SET datestyle = 'ISO', 'YMD'")
 
 
 def installed(source: Connection, transfer: int, index: int) -> bool:
@@ -78,11 +114,15 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
     if installed(source, transfer, index):
         return
     function = _function(transfer, index)
+    found = describe(source, table)
+    assert found is not None
+    identity = found.row_identity(table.key)
     body = _BODY.format(
         lock=sql.Literal(WRITERS_LOCK),
         transfer=sql.Literal(transfer),
         index=sql.Literal(index),
-        key=sql.Identifier(table.key),
+        before=identity_text(identity, sql.SQL("OLD")),
+        after=identity_text(identity, sql.SQL("NEW")),
         moving=_marker(transfer, "moving"),
     )
     source.execute(sql.SQL("CREATE TABLE IF NOT EXISTS {} ()").format(_marker(transfer, "moving")))
@@ -90,8 +130,8 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
     source.execute(
         sql.SQL(
             "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
-            "SET search_path = pg_catalog, pg_temp AS {}"
-        ).format(function, sql.Literal(body.as_string(source)))
+            "SET search_path = pg_catalog, pg_temp {} AS {}"
+        ).format(function, _text_form(found, identity), sql.Literal(body.as_string(source)))
     )
     old, new = within(table, arcs, "OLD"), within(table, arcs, "NEW")
     for what, event, condition in (
@@ -158,7 +198,8 @@ def forget_changes(source: Connection, transfer: int, token: int) -> None:
 
 
 def take_changes(source: Connection, transfer: int, token: int, limit: int) -> list[tuple[int, str]]:
-    """Take the keys noted so far, as (table number, key as text), without repetition; about ``limit`` notes at most.
+    """Take the rows noted so far, as (table number, `digest.identity_text`), without repetition; about ``limit`` at
+    most.
 
     `MoverSuperseded` where another mover compares now: a note that went to the wrong one would never be looked at.
     """
@@ -179,7 +220,7 @@ def take_changes(source: Connection, transfer: int, token: int, limit: int) -> l
 
 
 def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:
-    """The keys noted so far, left where they are."""
+    """The rows noted so far, left where they are."""
     rows = source.execute(
         "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s", (transfer,)
     )

@@ -78,6 +78,12 @@ class Table:
     bytes: int
     deferrable_key: bool = False
 
+    def row_identity(self, key: str) -> tuple[str, ...]:
+        """Columns that say which row it is, ``key`` first: those of the primary key or of an index that was chosen as
+        replica identity; ``key`` alone, which many rows share, where there is neither."""
+        chosen = sorted(self.identity_columns) if self.identity == "i" else ()
+        return (key, *(name for name in self.primary_key or chosen if name != key))
+
     def column(self, name: str) -> Column | None:
         """The column of this name."""
         return next((column for column in self.columns if column.name == name), None)
