@@ -25,7 +25,7 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, Phase
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, replicaidentity, replication
+from shardkit.storage import change, indoubt, replicaidentity, replication, tables
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
@@ -214,13 +214,17 @@ class Mover:
 
     def _restore_identity(self, connection: Connection, table: ShardedTable) -> None:
         deadline = time.monotonic() + self._patience
-        while True:
-            try:
-                return replicaidentity.restore(connection, table, self._around.token)
-            except psycopg.errors.LockNotAvailable as error:
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(f"The replica identity of {table} could not be set back.") from error
-                self._around.pause(0.1)
+        while replicaidentity.is_changed(connection, table):
+            blocker = tables.holder(connection, table, tables.Against.EVERYBODY, change.LOCK_TIMEOUT)
+            if blocker is None:
+                try:
+                    replicaidentity.restore(connection, table, self._around.token)
+                    return
+                except psycopg.errors.LockNotAvailable:
+                    blocker = "many short ones"
+            if time.monotonic() > deadline:
+                raise MoveWaiting(f"The replica identity of {table} could not be set back: {blocker}.")
+            self._around.pause(0.1)
 
 
 def _settle(catalog: Catalog, shards: ShardConnections) -> None:

@@ -48,7 +48,8 @@ SMALL_LAG = 0.5
 REVIVALS = 5
 """So many times in a row a subscription that stopped is enabled again."""
 _PATIENT = (*change.OPENING, ("lock_timeout", "500ms"))
-_DDL = (*SHORT, ("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+_DDL = (*SHORT, ("lock_timeout", "10ms"), ("synchronous_commit", "on"))
+"""With a wait that is shorter than what a role for applications may have set for itself."""
 
 
 class Interrupted(Exception):
@@ -180,23 +181,31 @@ class TransferRun:
                     raise
                 self.around.pause(0.2)
 
-    def _with_lock_retries(self, what: str, shard: Shard, act: Callable[[], None]) -> None:
-        """Repeat DDL that gives up its lock soon, so that writers never queue behind it for long."""
+    def _with_lock_retries(
+        self,
+        what: str,
+        shard: Shard,
+        act: Callable[[], None],
+        locks: ShardedTable | None = None,
+        against: tables.Against = tables.Against.WRITERS,
+    ) -> None:
+        """Repeat DDL that gives up its lock soon, so that applications never queue behind it for long; nor at all while
+        a transaction that lasts holds the table which it ``locks``."""
         deadline = time.monotonic() + self.around.patience
         pause = 0.02
         while True:
-            try:
-                act()
-                return self._wait_for(None)
-            except psycopg.errors.LockNotAvailable as error:
-                blocker = (
-                    replication.oldest_writer(self.probes.get(shard)) or "a session that reads the table"
-                )
-                self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(
-                        f"{what} on shard {shard.name} could not get its lock: {blocker}."
-                    ) from error
+            blocker = None
+            if locks is not None:
+                blocker = tables.holder(self.probes.get(shard), locks, against, change.LOCK_TIMEOUT)
+            if blocker is None:
+                try:
+                    act()
+                    return self._wait_for(None)
+                except psycopg.errors.LockNotAvailable:
+                    blocker = replication.oldest_writer(self.probes.get(shard)) or "a session that reads"
+            self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
+            if time.monotonic() > deadline:
+                raise MoveWaiting(f"{what} on shard {shard.name} could not get its lock: {blocker}.")
             self.around.pause(pause)
             pause = min(pause * 1.5, 1.0)
 
@@ -238,7 +247,7 @@ class TransferRun:
         self._delete_rows(self.target_shard)
         for index, table in enumerate(self.tables):
             install = partial(self._install, index, table)
-            self._with_lock_retries(f"the trigger on {table}", self.source_shard, install)
+            self._with_lock_retries(f"the trigger on {table}", self.source_shard, install, table)
         identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
         rows, size = self._estimate()
         self.catalog.forget(self.row.id, "copy_began")
@@ -266,6 +275,8 @@ class TransferRun:
             f"the replica identity of {table}",
             self.source_shard,
             lambda: replicaidentity.use(self.source, table, self.around.token),
+            table,
+            tables.Against.EVERYBODY,
         )
 
     def _both(self) -> Iterable[tuple[Shard, Connection]]:
@@ -622,7 +633,10 @@ class TransferRun:
     def _remove_triggers(self) -> None:
         for index, table in enumerate(self.tables):
             uninstall = partial(self._uninstall, index, table)
-            self._with_lock_retries(f"the trigger on {table}", self.source_shard, uninstall)
+            everybody = tables.Against.EVERYBODY
+            self._with_lock_retries(
+                f"the trigger on {table}", self.source_shard, uninstall, table, everybody
+            )
         self._with_lock_retries("a trigger on a former partition", self.source_shard, self._clear)
 
     def _clear(self) -> None:

@@ -19,7 +19,7 @@ from .predicate import relation
 from .tables import IDENTITY_INDEX, describe
 
 # ALTER TABLE waits for every reader, and every reader behind it waits too.
-_SETTINGS = (*SHORT, ("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+_SETTINGS = (*SHORT, ("lock_timeout", "10ms"), ("synchronous_commit", "on"))
 
 
 def _index(table: ShardedTable) -> str:
@@ -57,6 +57,13 @@ def prepare_index(connection: Connection, table: ShardedTable, token: int) -> No
             sql.Identifier(_index(table)), relation(table), sql.SQL(", ").join(map(sql.Identifier, columns))
         )
     )
+
+
+def is_changed(connection: Connection, table: ShardedTable) -> bool:
+    """Whether `restore` has anything to do."""
+    name = relation(table).as_string(connection)
+    noted = value(connection, "SELECT 1 FROM shardkit.replica_identity WHERE relation = %s", (name,))
+    return noted is not None or _exists(connection, table)
 
 
 def _exists(connection: Connection, table: ShardedTable) -> bool:

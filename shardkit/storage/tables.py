@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import psycopg
 from psycopg import sql
@@ -122,6 +123,17 @@ WHERE i.indrelid = %(oid)s AND i.indisvalid
 _PARTS = """
 SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = %(name)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass))
+"""
+_HOLDER = """
+SELECT coalesce('pid ' || l.pid || ', user ' || a.usename || ', application ' ||
+                coalesce(nullif(a.application_name, ''), '-') || ': ' || left(a.query, 80), 'a prepared transaction')
+FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (l.relation = %(name)s::regclass OR l.relation IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass)))
+  AND (%(everybody)s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+  AND (a.pid IS NULL OR clock_timestamp() - a.xact_start > make_interval(secs => %(seconds)s))
+ORDER BY a.xact_start LIMIT 1
 """
 _UNLOGGED = """
 SELECT c.oid::regclass::text FROM pg_class c
@@ -243,6 +255,21 @@ def _guessed_rows(connection: Connection, table: DeclaredTable, oid: int) -> flo
         (oid,),
     )
     return float(plan[0]["Plan"]["Plan Rows"]) * (1.0 if pages is None else min(1.0, pages / 10))
+
+
+class Against(Enum):
+    """Whose locks DDL waits for: those of writers, or of readers too."""
+
+    WRITERS = "writers"
+    EVERYBODY = "everybody"
+
+
+def holder(connection: Connection, table: ShardedTable, against: Against, seconds: float) -> str | None:
+    """A session, in words, whose transaction lasts longer than ``seconds`` and that DDL on the table would wait for."""
+    name = relation(table).as_string(connection)
+    everybody = against is Against.EVERYBODY
+    found = value(connection, _HOLDER, {"name": name, "everybody": everybody, "seconds": seconds})
+    return None if found is None else str(found)
 
 
 def unlogged(connection: Connection, table: ShardedTable) -> list[str]:

@@ -270,3 +270,62 @@ def test_a_killed_movers_statement_ends_by_itself(make_shards: MakeShards) -> No
         until(lambda: value(shards.on("s1"), query) == "Lock", "it waits")
         waiting.close()  # as the kernel does for a process that is killed
         until(lambda: value(shards.on("s1"), query) is None, "it is gone", 10.0)
+
+
+# --- DDL on tables in use ---------------------------------------------------------------------------------------------
+
+
+class Impatient(threading.Thread):
+    """An application whose role gives a lock up after 30 ms."""
+
+    def __init__(self, shards: Shards, first: int) -> None:
+        super().__init__()
+        self._url = shards.topology().named("s1").url
+        self._key = first
+        self.done = 0
+        self.errors: list[str] = []
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        with connect(self._url, application="impatient") as connection:
+            connection.execute("SET lock_timeout = '30ms'")
+            while not self.ending.is_set():
+                try:
+                    connection.execute("UPDATE public.users SET n = n + 1 WHERE id = %s", (self._key,))
+                    self.done += 1
+                except psycopg.errors.LockNotAvailable as error:
+                    self.errors.append(str(error))
+
+
+def test_nobody_queues_behind_ddl_that_waits_for_a_long_writer(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    others = [Impatient(shards, key) for key in (2, 3)]
+    with Mover(shards.catalog_url) as planner:
+        planner.start("rebalance")
+    mover = Resumed(shards)
+    for other in others:
+        other.start()
+    try:
+        with connect(shards.topology().named("s1").url, application="long writer") as long:
+            long.execute("BEGIN")
+            long.execute("UPDATE public.users SET n = 5 WHERE id = 1")
+            mover.start()
+            until(lambda: mover.waits_for("the trigger on public.users"), "the mover waits")
+            assert mover.waits_for("long writer")
+            before = [other.done for other in others]
+            until(
+                lambda: all(other.done > 300 + done for other, done in zip(others, before, strict=True)),
+                "work",
+            )
+            assert [other.errors for other in others] == [[], []]
+            for other in others:
+                other.ending.set()
+            long.execute("COMMIT")
+        mover.join()
+    finally:
+        for other in others:
+            other.ending.set()
+            other.join()
+    assert mover.error is None
+    shards.assert_clean()
