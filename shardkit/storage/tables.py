@@ -135,6 +135,18 @@ WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backen
   AND (a.pid IS NULL OR clock_timestamp() - a.xact_start > make_interval(secs => %(seconds)s))
 ORDER BY a.xact_start LIMIT 1
 """
+_UNIQUE = """
+SELECT x.relname, string_agg(a.attname, ', ' ORDER BY k.place)
+FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
+CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY k (attnum, place)
+LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+WHERE i.indrelid = %(name)s::regclass AND i.indisunique AND NOT i.indisprimary AND k.place <= i.indnkeyatts
+  AND NOT starts_with(x.relname, %(ours)s)
+GROUP BY i.indexrelid, x.relname
+HAVING NOT bool_or(coalesce(a.attname = %(key)s, false))
+   AND NOT (count(*) = 1 AND bool_and(coalesce(a.atttypid = 'uuid'::regtype, false)))
+ORDER BY 1
+"""
 _UNLOGGED = """
 SELECT c.oid::regclass::text FROM pg_class c
 WHERE c.relpersistence <> 'p'
@@ -255,6 +267,18 @@ def _guessed_rows(connection: Connection, table: DeclaredTable, oid: int) -> flo
         (oid,),
     )
     return float(plan[0]["Plan"]["Plan Rows"]) * (1.0 if pages is None else min(1.0, pages / 10))
+
+
+def unique_without_key(connection: Connection, table: ShardedTable) -> list[str]:
+    """What the unique constraints and indexes mean, in words, that hold on each shard alone: those without the shard
+    key. Primary keys, and single UUIDs, are not given twice."""
+    name = relation(table).as_string(connection)
+    found = connection.execute(_UNIQUE, {"name": name, "key": table.key, "ours": IDENTITY_INDEX})
+    return [
+        f"{index} ({columns or 'an expression'}) of {table} is unique on each shard alone, as {table.key} is not in "
+        "it; and while rows move, a value of a row that has moved is still taken on its old shard until that is purged"
+        for index, columns in found
+    ]
 
 
 class Against(Enum):
