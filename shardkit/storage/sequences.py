@@ -25,15 +25,16 @@ SELECT a.attname,
 FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 WHERE a.attrelid = %(table)s::regclass AND a.attnum > 0 AND NOT a.attisdropped
 """
-_STATES = """
-SELECT wanted.name, s.seqstart, s.seqincrement, s.seqmin, s.seqmax, s.seqcycle, pg_sequence_last_value(s.seqrelid)
-FROM unnest(%s::text[]) AS wanted (name) JOIN pg_sequence s ON s.seqrelid = wanted.name::regclass
-"""
+# Its columns are its own; the start in pg_sequence is not that of RESTART or setval.
+_STATE = sql.SQL("""
+SELECT {name}, q.last_value, s.seqincrement, s.seqmin, s.seqmax, s.seqcycle, CASE WHEN q.is_called THEN q.last_value END
+FROM {sequence} q, pg_sequence s WHERE s.seqrelid = {name}::regclass
+""")
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """A sequence as it is now; ``last`` is what it gave out last, None if nothing yet."""
+    """A sequence as it is now; ``last`` is what it gave out last, None if nothing yet: ``start`` comes first then."""
 
     name: str
     start: int
@@ -97,7 +98,12 @@ def shared(source: Connection, target: Connection, table: ShardedTable) -> list[
 
 def states(connection: Connection, names: list[str]) -> dict[str, Sequence]:
     """Sequences as they are now, by name."""
-    return {row[0]: Sequence(*row) for row in connection.execute(_STATES, (names,))}
+    if not names:
+        return {}
+    # The names are as the server writes them: qualified and quoted.
+    each = [_STATE.format(name=sql.Literal(name), sequence=sql.SQL(name)) for name in dict.fromkeys(names)]
+    found = connection.execute(sql.SQL(" UNION ALL ").join(each))
+    return {row[0]: Sequence(*row) for row in found}
 
 
 def problems(source: Connection, target: Connection, table: ShardedTable) -> list[str]:
