@@ -203,6 +203,7 @@ class TransferRun:
                     return self._wait_for(None)
                 except psycopg.errors.LockNotAvailable:
                     blocker = replication.oldest_writer(self.probes.get(shard)) or "a session that reads"
+            self._recover_doubtful(shard)
             self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
             if time.monotonic() > deadline:
                 raise MoveWaiting(f"{what} on shard {shard.name} could not get its lock: {blocker}.")

@@ -125,15 +125,21 @@ SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.rel
 WHERE c.oid = %(name)s::regclass OR c.oid IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass))
 """
 _HOLDER = """
-SELECT coalesce('pid ' || l.pid || ', user ' || a.usename || ', application ' ||
-                coalesce(nullif(a.application_name, ''), '-') || ': ' || left(a.query, 80), 'a prepared transaction')
-FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+SELECT coalesce('prepared transaction ' || quote_literal(x.gid),
+                'pid ' || l.pid || ', user ' || a.usename || ', application ' ||
+                coalesce(nullif(a.application_name, ''), '-') || ': ' || left(a.query, 80), 'a session')
+FROM pg_locks l
+LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+-- A prepared transaction has no process; its lock on its own number says which it is.
+LEFT JOIN pg_locks t ON l.pid IS NULL AND t.pid IS NULL AND t.locktype = 'transactionid'
+    AND t.virtualtransaction = l.virtualtransaction
+LEFT JOIN pg_prepared_xacts x ON x.transaction = t.transactionid
 WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (l.relation = %(name)s::regclass OR l.relation IN (SELECT relid FROM pg_partition_tree(%(name)s::regclass)))
   AND (%(everybody)s OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
-  AND (a.pid IS NULL OR clock_timestamp() - a.xact_start > make_interval(secs => %(seconds)s))
-ORDER BY a.xact_start LIMIT 1
+  AND clock_timestamp() - coalesce(a.xact_start, x.prepared) > make_interval(secs => %(seconds)s)
+ORDER BY coalesce(a.xact_start, x.prepared) LIMIT 1
 """
 _UNIQUE = """
 SELECT x.relname, string_agg(a.attname, ', ' ORDER BY k.place)

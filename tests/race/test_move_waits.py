@@ -12,6 +12,7 @@ import pytest
 
 from shardkit.core.errors import MoveWaiting, ReplicationFailed
 from shardkit.core.move import Phase
+from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.progress import Progress
@@ -328,4 +329,26 @@ def test_nobody_queues_behind_ddl_that_waits_for_a_long_writer(make_shards: Make
             other.ending.set()
             other.join()
     assert mover.error is None
+    shards.assert_clean()
+
+
+def test_a_prepared_transaction_on_a_table_is_named(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    one = shards.on("s1")
+    gids: list[str] = []
+
+    def prepare(progress: Progress) -> None:
+        if progress.phase is Phase.PURGING and not gids:
+            gids.append("kept open")
+            one.execute("BEGIN")
+            one.execute("LOCK TABLE public.users IN ROW EXCLUSIVE MODE")
+            one.execute("INSERT INTO public.posts VALUES (%s, 99, 'stays')", (key,))
+            one.execute("PREPARE TRANSACTION 'kept open'")
+
+    key = next(key for key in range(1, 100) if position(key) < 0)
+    with pytest.raises(MoveWaiting, match="prepared transaction 'kept open'"):
+        shards.move(patience=1.0, listener=prepare)
+    one.execute("COMMIT PREPARED 'kept open'")
+    shards.resume()
     shards.assert_clean()
