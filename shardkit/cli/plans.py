@@ -11,7 +11,7 @@ from shardkit.core.keyrange import SLOT_BITS, SLOTS, ArcSet, hex_position
 from shardkit.core.placement import Placement, Transfer
 from shardkit.core.topology import Topology
 from shardkit.rebalance import preflight
-from shardkit.storage import tables
+from shardkit.storage import inspection, tables
 from shardkit.storage.connections import ShardConnections
 
 from .output import percent, size, table
@@ -79,7 +79,7 @@ def _notes(topology: Topology, shards: ShardConnections) -> list[str]:
         text
         for declared in topology.tables
         if tables.describe(one, declared) is not None
-        for text in tables.unique_without_key(one, declared)
+        for text in inspection.unique_without_key(one, declared)
     ]
 
 

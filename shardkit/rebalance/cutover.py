@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.storage import change, replication, sequences, sourceguard, tables
+from shardkit.storage import change, inspection, replication, sequences, sourceguard
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
@@ -79,7 +79,7 @@ class Cutover:
     def _require_unaltered(self, source: Connection) -> None:
         """What triggers do not note, as a partition that was detached with its rows, changes the shape of a table."""
         run = self._run
-        tables.lock_shape(source, run.tables)
+        inspection.lock_shape(source, run.tables)
         if self._verifier.shapes_now() != self._verifier.shapes:
             raise Altered("a table was altered since its rows were compared")
 

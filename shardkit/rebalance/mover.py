@@ -25,12 +25,13 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, Phase
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, replicaidentity, replication, tables
+from shardkit.storage import change, indoubt, inspection, replicaidentity, replication
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
 from .progress import Listener
-from .transfer import Interrupted, Surroundings, TransferRun
+from .transfer import TransferRun
+from .waiting import Interrupted, Surroundings
 
 _AWAY = (psycopg.Error, ShardUnreachable, CatalogUnreachable)
 """What may be one of those errors that `_passes` tells from others."""
@@ -185,7 +186,9 @@ class Mover:
             while True:
                 try:
                     return _settle(self.catalog, shards)
-                except psycopg.errors.LockNotAvailable as error:  # of the mover before, whose statement still runs
+                except (
+                    psycopg.errors.LockNotAvailable
+                ) as error:  # of the mover before, whose statement still runs
                     if time.monotonic() > deadline:
                         raise self._given_up(error) from error
                     self._around.pause(0.1)
@@ -215,7 +218,7 @@ class Mover:
     def _restore_identity(self, connection: Connection, table: ShardedTable) -> None:
         deadline = time.monotonic() + self._patience
         while replicaidentity.is_changed(connection, table):
-            blocker = tables.holder(connection, table, tables.Against.EVERYBODY, change.LOCK_TIMEOUT)
+            blocker = inspection.holder(connection, table, inspection.Against.EVERYBODY, change.LOCK_TIMEOUT)
             if blocker is None:
                 try:
                     replicaidentity.restore(connection, table, self._around.token)

@@ -9,7 +9,7 @@ import psycopg
 
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import indoubt, replication, sequences, servers, tables
+from shardkit.storage import indoubt, inspection, replication, sequences, servers, tables
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
@@ -143,7 +143,7 @@ def _table(
         reasons += [
             f"{name} of table {table} on {shard.name} is unlogged or temporary, "
             "which logical replication does not carry"
-            for name in tables.unlogged(connection, table)
+            for name in inspection.unlogged(connection, table)
         ]
     if not mine.primary_key and any(column.generated for column in mine.columns):
         reasons.append(f"table {table} has generated columns and no primary key")
@@ -166,11 +166,11 @@ def _table(
     for shard, connection, what in ((source, here, "deleted"), (target, there, "replicated")):
         reasons += [
             f"{trigger} of {table} on {shard.name} fires for {what} rows of a move (ENABLE ALWAYS or REPLICA)"
-            for trigger in tables.eager_triggers(connection, table)
+            for trigger in inspection.eager_triggers(connection, table)
         ]
     reasons += [
         f"column {table}.{column} is {shown}: what its values name (large objects, say) is not carried along"
-        for column, shown in tables.of_this_server(here, table)
+        for column, shown in inspection.of_this_server(here, table)
     ]
     return reasons + sequences.problems(here, there, table)
 

@@ -7,11 +7,10 @@ after a crash at any point. What is to be cleaned up is named in the catalog bef
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from shardkit.core.topology import Shard, ShardedTable, Topology
 from shardkit.storage import (
     change,
     fence,
-    indoubt,
+    inspection,
     purge,
     replicaidentity,
     replication,
@@ -38,8 +37,9 @@ from shardkit.storage.failpoints import failpoint
 
 from . import preflight
 from .cutover import Altered, Cutover, Postponed
-from .progress import Listener, Tracker
+from .progress import Tracker
 from .verify import Verifier
+from .waiting import Surroundings, Waits
 
 POLL = 0.1
 """Seconds between two looks at a copy that runs."""
@@ -50,29 +50,6 @@ REVIVALS = 5
 _PATIENT = (*change.OPENING, ("lock_timeout", "500ms"))
 _DDL = (*SHORT, ("lock_timeout", "10ms"), ("synchronous_commit", "on"))
 """With a wait that is shorter than what a role for applications may have set for itself."""
-
-
-class Interrupted(Exception):
-    """The operator asked the mover to stop; the transfer stays in its phase."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the transfers of a job share: the catalog, the lease, the stop, and what only one does at a time: change the
-    topology, fit replica identities."""
-
-    catalog_url: str
-    token: int
-    stop: threading.Event
-    listener: Listener
-    changing: threading.Lock
-    patience: float
-    fitting: threading.Lock = field(default_factory=threading.Lock)
-
-    def pause(self, seconds: float) -> None:
-        """Wait, or raise `Interrupted` at once when the operator stops the mover."""
-        if self.stop.wait(seconds):
-            raise Interrupted
 
 
 class TransferRun:
@@ -93,6 +70,7 @@ class TransferRun:
         self.track = Tracker(
             row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener
         )
+        self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self._verifier: Verifier | None = None
         self._revivals = 0
         self._ready = 0
@@ -155,11 +133,6 @@ class TransferRun:
         """The target, for looking and for short transactions."""
         return self.probes.get(self.target_shard)
 
-    def _wait_for(self, reason: str | None) -> None:
-        if reason != self.track.now.waiting_for:
-            self.track.update(waiting_for=reason)
-            self.catalog.waiting(self.row.id, reason)
-
     def _change(self, make: Callable[[Topology, int], Topology], patience: float, **hooks: Any) -> None:
         def next_topology(current: Topology | None, version: int) -> Topology:
             assert current is not None
@@ -167,7 +140,7 @@ class TransferRun:
 
         with self.around.changing:
             change.apply(
-                self.catalog, self.shards, next_topology, report=self._wait_for, patience=patience, **hooks
+                self.catalog, self.shards, next_topology, report=self.waits.tell, patience=patience, **hooks
             )
 
     def _patiently_change(self, make: Callable[[Topology, int], Topology]) -> None:
@@ -180,59 +153,6 @@ class TransferRun:
                 if time.monotonic() > deadline:
                     raise
                 self.around.pause(0.2)
-
-    def _with_lock_retries(
-        self,
-        what: str,
-        shard: Shard,
-        act: Callable[[], None],
-        locks: ShardedTable | None = None,
-        against: tables.Against = tables.Against.WRITERS,
-    ) -> None:
-        """Repeat DDL that gives up its lock soon, so that applications never queue behind it for long; nor at all while
-        a transaction that lasts holds the table which it ``locks``."""
-        deadline = time.monotonic() + self.around.patience
-        pause = 0.02
-        while True:
-            blocker = None
-            if locks is not None:
-                blocker = tables.holder(self.probes.get(shard), locks, against, change.LOCK_TIMEOUT)
-            if blocker is None:
-                try:
-                    act()
-                    return self._wait_for(None)
-                except psycopg.errors.LockNotAvailable:
-                    blocker = replication.oldest_writer(self.probes.get(shard)) or "a session that reads"
-            self._recover_doubtful(shard)
-            self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
-            if time.monotonic() > deadline:
-                raise MoveWaiting(f"{what} on shard {shard.name} could not get its lock: {blocker}.")
-            self.around.pause(pause)
-            pause = min(pause * 1.5, 1.0)
-
-    def _looking_after(self, what: str, shard: Shard, pid: int) -> Callable[[], None]:
-        """What to do, again and again, while backend ``pid`` of a shard makes something: tell whom it waits for, and
-        lose patience with that."""
-        blocked_since: float | None = None
-
-        def look() -> None:
-            nonlocal blocked_since
-            self.around.pause(0)
-            blocker = replication.blocker(self.probes.get(shard), pid)
-            if blocker is None:
-                blocked_since = None
-                return
-            blocked_since = blocked_since or time.monotonic()
-            self._recover_doubtful(shard)
-            self._wait_for(f"{what} waits for {blocker}")
-            if time.monotonic() - blocked_since > self.around.patience:
-                raise MoveWaiting(f"{what[0].upper()}{what[1:]} could not be made: it waits for {blocker}.")
-
-        return look
-
-    def _recover_doubtful(self, shard: Shard) -> None:
-        """End what a crash left prepared on a shard, as somebody else's transaction may be what is waited for."""
-        indoubt.recover(self.topology(), self.probes, only={shard.id})
 
     # --- prepare ---------------------------------------------------------------------------------------------------
 
@@ -248,7 +168,7 @@ class TransferRun:
         self._delete_rows(self.target_shard)
         for index, table in enumerate(self.tables):
             install = partial(self._install, index, table)
-            self._with_lock_retries(f"the trigger on {table}", self.source_shard, install, table)
+            self.waits.with_lock_retries(f"the trigger on {table}", self.source_shard, install, table)
         identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
         rows, size = self._estimate()
         self.catalog.forget(self.row.id, "copy_began")
@@ -269,15 +189,15 @@ class TransferRun:
         attended(
             connection,
             lambda: replicaidentity.prepare_index(connection, table, self.around.token),
-            self._looking_after(what, self.source_shard, connection.info.backend_pid),
+            self.waits.looking_after(what, self.source_shard, connection.info.backend_pid),
         )
-        self._wait_for(None)
-        self._with_lock_retries(
+        self.waits.tell(None)
+        self.waits.with_lock_retries(
             f"the replica identity of {table}",
             self.source_shard,
             lambda: replicaidentity.use(self.source, table, self.around.token),
             table,
-            tables.Against.EVERYBODY,
+            inspection.Against.EVERYBODY,
         )
 
     def _both(self) -> Iterable[tuple[Shard, Connection]]:
@@ -355,10 +275,10 @@ class TransferRun:
             self._claim_source()
             slot = replication.slot_state(self.source, self.name)
             if slot.ready:
-                return self._wait_for(None)
+                return self.waits.tell(None)
             if slot.maker is not None:
                 # A mover that was killed left its server process at work; what that makes is as good.
-                look = self._looking_after(what, self.source_shard, slot.maker)
+                look = self.waits.looking_after(what, self.source_shard, slot.maker)
                 while replication.slot_state(self.source, self.name).maker == slot.maker:
                     look()
                     self.around.pause(POLL)
@@ -370,7 +290,7 @@ class TransferRun:
                 attended(
                     connection,
                     partial(replication.create_slot, connection, self.name),
-                    self._looking_after(what, self.source_shard, connection.info.backend_pid),
+                    self.waits.looking_after(what, self.source_shard, connection.info.backend_pid),
                 )
 
     def _held_up(self, state: replication.CopyState, seconds: float) -> bool:
@@ -378,10 +298,10 @@ class TransferRun:
         with it."""
         reason = replication.held_up(self.source, state.oid)
         if reason is None:
-            self._wait_for(None)
+            self.waits.tell(None)
         elif seconds > 2:
-            self._recover_doubtful(self.source_shard)
-            self._wait_for(f"the copy on shard {self.target_shard.name} waits for {reason}")
+            self.waits.recover_doubtful(self.source_shard)
+            self.waits.tell(f"the copy on shard {self.target_shard.name} waits for {reason}")
             if seconds > self.around.patience:
                 raise MoveWaiting(f"The copy on shard {self.target_shard.name} waits for {reason}.")
         return reason is not None
@@ -442,13 +362,13 @@ class TransferRun:
             sender = replication.sender(self.source, self.name, position)
             self.track.update(lag_bytes=sender.lag_bytes if sender else None)
             if sender is not None and sender.passed:
-                self._wait_for(None)
+                self.waits.tell(None)
                 return time.monotonic() - started
             self._copy_state()
             if time.monotonic() - started > 2:
                 if sender is None:
                     self._require_slot()
-                self._wait_for(f"shard {self.target_shard.name} applies the writes made meanwhile")
+                self.waits.tell(f"shard {self.target_shard.name} applies the writes made meanwhile")
             self.around.pause(0.005)
 
     def _verify(self) -> Event:
@@ -507,7 +427,7 @@ class TransferRun:
                     clock=cutover.clock,
                 )
             except Altered as reason:
-                self._wait_for(str(reason))
+                self.waits.tell(str(reason))
                 return Event.POSTPONED
             except (Postponed, MoveWaiting) as error:
                 if time.monotonic() > deadline:
@@ -552,9 +472,11 @@ class TransferRun:
 
     def _drop_replication(self) -> None:
         """Subscription first, and the slot when nobody uses it any more; nothing that was never made is missed."""
-        self._with_lock_retries("the end of the subscription", self.target_shard, self._drop_subscription)
+        self.waits.with_lock_retries(
+            "the end of the subscription", self.target_shard, self._drop_subscription
+        )
         failpoint("drop.subscription")
-        self._with_lock_retries("the end of the publication", self.source_shard, self._drop_publication)
+        self.waits.with_lock_retries("the end of the publication", self.source_shard, self._drop_publication)
         self._drop_slot_patiently()
         failpoint("drop.slot")
 
@@ -580,9 +502,9 @@ class TransferRun:
             if time.monotonic() > deadline:
                 raise MoveWaiting(f"Nothing is dropped yet: {reason}.")
             if deadline - time.monotonic() < self.around.patience - 2:
-                self._wait_for(reason)
+                self.waits.tell(reason)
             self.around.pause(0.02)
-        self._wait_for(None)
+        self.waits.tell(None)
 
     def _drop_slot(self) -> bool:
         with transaction(self.source, *SHORT):
@@ -628,17 +550,17 @@ class TransferRun:
                 self.around.pause(0.02)
             except psycopg.errors.LockNotAvailable:
                 blocker = replication.oldest_writer(connection) or "a session that locks it"
-                self._wait_for(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
+                self.waits.tell(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
                 self.around.pause(0.02)
 
     def _remove_triggers(self) -> None:
         for index, table in enumerate(self.tables):
             uninstall = partial(self._uninstall, index, table)
-            everybody = tables.Against.EVERYBODY
-            self._with_lock_retries(
+            everybody = inspection.Against.EVERYBODY
+            self.waits.with_lock_retries(
                 f"the trigger on {table}", self.source_shard, uninstall, table, everybody
             )
-        self._with_lock_retries("a trigger on a former partition", self.source_shard, self._clear)
+        self.waits.with_lock_retries("a trigger on a former partition", self.source_shard, self._clear)
 
     def _clear(self) -> None:
         with transaction(self.source, *_DDL):
@@ -657,7 +579,7 @@ class TransferRun:
 
     def _undo(self) -> Event:
         # Written on the source first: a decision by an older mover is now made already or can never be.
-        self._with_lock_retries("the end of the move", self.source_shard, self._claim_source)
+        self.waits.with_lock_retries("the end of the move", self.source_shard, self._claim_source)
         self._settle()
         if self._decided():
             return Event.DECIDED

@@ -19,7 +19,8 @@ from shardkit.core.keyrange import Arc, ArcSet
 from shardkit.core.topology import ShardedTable
 from shardkit.storage import digest, sourceguard
 from shardkit.storage.connections import Connection
-from shardkit.storage.tables import describe, shape
+from shardkit.storage.inspection import shape
+from shardkit.storage.tables import describe
 
 T = TypeVar("T")
 Suspect = tuple[int, str]

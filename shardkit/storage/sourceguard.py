@@ -24,8 +24,9 @@ from .change import claim
 from .connections import SHORT, Connection, transaction, value
 from .digest import TEXT_FORM, identity_text
 from .fence import WRITERS_LOCK
+from .inspection import parts
 from .predicate import position, relation, within
-from .tables import Table, describe, parts
+from .tables import Table, describe
 
 _ALWAYS_ALIKE = {
     "bool",

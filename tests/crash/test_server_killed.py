@@ -9,7 +9,7 @@ import pytest
 
 from shardkit.core.move import Phase
 from shardkit.rebalance.progress import Progress
-from shardkit.rebalance.transfer import Interrupted
+from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage import servers
 from shardkit.storage.catalog import Job
 from shardkit.storage.connections import value

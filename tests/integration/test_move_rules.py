@@ -19,7 +19,7 @@ from shardkit.core.move import Phase
 from shardkit.core.ring import position
 from shardkit.rebalance import preflight
 from shardkit.rebalance.progress import Progress
-from shardkit.rebalance.transfer import Interrupted
+from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage import digest, replication
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, ShardConnections, connect, value
