@@ -261,6 +261,27 @@ def test_a_pending_change_waits_for_a_statement_of_a_killed_mover(make_shards: M
     shards.assert_clean()
 
 
+def test_a_lock_that_is_not_to_be_had_is_asked_for_again(make_shards: MakeShards) -> None:
+    """Wherever a transfer is: it begins its phase again, and says why it does not go on."""
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    assert run_mover(shards, "copying.begin") == -signal.SIGKILL
+    mover = Resumed(shards)
+
+    def waits() -> bool:
+        with Catalog.open(shards.catalog_url) as catalog:
+            found = value(catalog.connection, "SELECT waiting_for FROM shardkit.transfers")
+        return "lock timeout" in (found or "")
+
+    with token_held(shards, "s1") as old:
+        mover.start()
+        until(waits, "the reason is stored")
+        old.execute("COMMIT")
+        mover.join()
+    assert mover.error is None
+    shards.assert_clean()
+
+
 def test_a_killed_movers_statement_ends_by_itself(make_shards: MakeShards) -> None:
     """The server looks whether anybody is there to be answered."""
     shards = make_shards(2)
