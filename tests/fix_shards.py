@@ -42,6 +42,8 @@ LEFTOVERS = {
     "triggers": "SELECT tgname FROM pg_trigger WHERE tgname ~ 'shardkit'",
     "functions": "SELECT proname FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^note_'",
     "moved": "SELECT transfer_id FROM shardkit.moved",
+    "markers": "SELECT relname FROM pg_class "
+    "WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov[a-z]+_[0-9]'",
     "changed": "SELECT key FROM shardkit.changed",
     "identities": "SELECT relation FROM shardkit.replica_identity",
     "indexes": "SELECT relname FROM pg_class WHERE relname ~ '^shardkit_identity'",
@@ -62,7 +64,11 @@ class Shards:
 
     def add(self, name: str, server: int | Cluster) -> Topology:
         """One more shard, on a new database of a server; it owns nothing yet unless it is the first."""
-        url = self.fresh_database(server) if isinstance(server, int) else server.create_database("app")
+        if isinstance(server, int):
+            url = self.fresh_database(server)
+        else:
+            url = server.create_database("app")
+            url = server.url("app", tcp=True) if server.tcp else url
         self._open[name] = connect(url)
         self._open[name].execute(self.schema)
         with self.writer() as (catalog, shards):

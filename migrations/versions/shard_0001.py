@@ -48,7 +48,7 @@ STATEMENTS = (
     "INSERT INTO shardkit.mover (token) VALUES (0)",
     # A row stands here from the decision of a transfer to the end of its purge.
     "CREATE TABLE shardkit.moved (transfer_id bigint PRIMARY KEY, target text NOT NULL)",
-    # Keys of moving rows that were written since they were last compared; written by the triggers of a transfer.
+    # Which moving rows were written since they were last compared; written by the triggers of a transfer.
     """
     CREATE TABLE shardkit.changed (
         transfer_id bigint NOT NULL,

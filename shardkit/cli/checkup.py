@@ -12,10 +12,10 @@ import psycopg
 from shardkit.core.errors import ShardUnreachable
 from shardkit.core.move import FINAL
 from shardkit.core.placement import plan
-from shardkit.core.topology import HomeTable, ReferenceTable, Shard, Topology
+from shardkit.core.topology import HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import claims, fence, indoubt, migrate, references, tables
+from shardkit.storage import claims, fence, indoubt, inspection, migrate, references, tables
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
@@ -381,6 +381,10 @@ def _tables(view: View) -> Iterator[Finding]:
             yield view.problem("tables", "; ".join(wrong), todo)
         else:
             yield view.ok("tables", f"{table} {table.description}")
+        if isinstance(table, ShardedTable) and here is not None:
+            for text in inspection.unique_without_key(view.connection, table):
+                todo = "Put the shard key into it, or let the application do without."
+                yield Finding(view.shard.name, "tables", Level.NOTE, text, todo)
 
 
 def _home_table(view: View, table: HomeTable) -> Iterator[Finding]:

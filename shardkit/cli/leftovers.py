@@ -52,6 +52,11 @@ _OF_TRANSFERS = (
            format('DROP FUNCTION shardkit.%I() CASCADE;', proname)
     FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^note_'
     """,
+    r"""
+    SELECT format('marker %s', relname), NULL, substring(relname FROM '^mov(?:ing|ed)_(\d+)$')::bigint,
+           format('DROP TABLE shardkit.%I;', relname)
+    FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov(ing|ed)_\d+$'
+    """,
     """
     SELECT 'refusal of writes to moved rows', NULL, transfer_id,
            format('DELETE FROM shardkit.moved WHERE transfer_id = %s;', transfer_id)

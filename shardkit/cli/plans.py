@@ -11,7 +11,7 @@ from shardkit.core.keyrange import SLOT_BITS, SLOTS, ArcSet, hex_position
 from shardkit.core.placement import Placement, Transfer
 from shardkit.core.topology import Topology
 from shardkit.rebalance import preflight
-from shardkit.storage import tables
+from shardkit.storage import inspection, tables
 from shardkit.storage.connections import ShardConnections
 
 from .output import percent, size, table
@@ -31,8 +31,8 @@ def describe(topology: Topology, placement: Placement, shards: ShardConnections)
     """The plan as a document.
 
     ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``);
-    ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``); ``problems``,
-    for which the run would be refused.
+    ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``); ``notes``,
+    which an application may notice while rows move; ``problems``, for which the run would be refused.
     """
     after = dict.fromkeys(topology.by_id, 0)
     first = -1
@@ -53,6 +53,7 @@ def describe(topology: Topology, placement: Placement, shards: ShardConnections)
             for shard in topology.shards
         ],
         "transfers": [_transfer(topology, transfer, shards) for transfer in placement.transfers],
+        "notes": _notes(topology, shards),
         "problems": _problems(topology, placement, shards),
     }
 
@@ -70,6 +71,16 @@ def _transfer(topology: Topology, transfer: Transfer, shards: ShardConnections) 
         "rows_estimate": round(sum(each.rows_estimate for each in found) * share),
         "bytes_estimate": round(sum(each.bytes for each in found) * share),
     }
+
+
+def _notes(topology: Topology, shards: ShardConnections) -> list[str]:
+    one = shards.get(topology.shards[0])
+    return [
+        text
+        for declared in topology.tables
+        if tables.describe(one, declared) is not None
+        for text in inspection.unique_without_key(one, declared)
+    ]
 
 
 def _problems(topology: Topology, placement: Placement, shards: ShardConnections) -> list[str]:
@@ -126,5 +137,7 @@ def draw(console: Console, plan: dict[str, Any]) -> None:
         f"{plan['slots_moved']:,} of {SLOTS:,} slots move; the minimum is {plan['slots_minimum']:,}.",
         soft_wrap=True,
     )
+    for note in plan["notes"]:
+        console.print(f"Note: {note}", soft_wrap=True)
     for problem in plan["problems"]:
         console.print(f"In the way: {problem}", soft_wrap=True)

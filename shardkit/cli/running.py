@@ -13,7 +13,7 @@ from typing import Any
 from shardkit.core.errors import MoverStopped
 from shardkit.core.move import FINAL
 from shardkit.rebalance.mover import Mover
-from shardkit.rebalance.transfer import Interrupted
+from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage.catalog import Job
 
 from . import jobs

@@ -336,7 +336,8 @@ class DemoFailed(ShardkitError):
 class VerificationFailed(ShardkitError):
     """The copy differs from its source, so the move was stopped before the cutover.
 
-    The rows are named above: find who else writes to the target, then `shardkit rebalance resume`.
+    The rows are named above: find who else writes to the target, or took rows from the source without a DELETE (as a
+    detached partition does), then `shardkit rebalance resume`.
     """
 
     exit_code = EXIT_VERIFY

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.storage import change, replication, sequences, sourceguard
-from shardkit.storage.connections import Connection, transaction
+from shardkit.storage import change, inspection, replication, sequences, sourceguard
+from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
 from .verify import SMALL, Verifier
@@ -26,11 +26,15 @@ CATCH_UP_LIMIT = 0.5
 """Seconds that the target may take for the last writes while applications wait."""
 COMPARE_LIMIT = "500ms"
 """Time that one query of the last comparison may take."""
-_FLUSH = (("lock_timeout", "200ms"), ("synchronous_commit", "on"))
+_FLUSH = (*SHORT, ("lock_timeout", "200ms"), ("synchronous_commit", "on"))
 
 
 class Postponed(Exception):
     """Not now: says why."""
+
+
+class Altered(Exception):
+    """What was verified was altered since, by DDL or by TRUNCATE: all of it is to be verified again."""
 
 
 class Cutover:
@@ -41,11 +45,7 @@ class Cutover:
         self._verifier = verifier
         self._moments: dict[str, float] = {}
         self._sequences = [
-            (ours, theirs[column])
-            for table in run.tables
-            for theirs in [sequences.of_table(run.target, table)]
-            for column, ours in sequences.of_table(run.source, table).items()
-            if column in theirs
+            pair for table in run.tables for pair in sequences.shared(run.source, run.target, table)
         ]
 
     def clock(self, moment: str) -> None:
@@ -58,6 +58,7 @@ class Cutover:
         """On the source, whose fence is locked: `Postponed`, or everything is there and the same on the target."""
         run = self._run
         sourceguard.wait_for_writers(source, run.row.id)
+        self._require_unaltered(source)
         self._catch_up()
         self.clock("caught_up")
         self._flush_target()
@@ -74,6 +75,13 @@ class Cutover:
         """On the target, which now owns the arcs: nothing may be applied any more, the purge's deletes least of all."""
         failpoint("cutting over.before opening")
         replication.set_enabled(target, self._run.name, False)
+
+    def _require_unaltered(self, source: Connection) -> None:
+        """What triggers do not note, as a partition that was detached with its rows, changes the shape of a table."""
+        run = self._run
+        inspection.lock_shape(source, run.tables)
+        if self._verifier.shapes_now() != self._verifier.shapes:
+            raise Altered("a table was altered since its rows were compared")
 
     def _catch_up(self) -> None:
         run = self._run

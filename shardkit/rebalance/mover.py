@@ -25,14 +25,16 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, Phase
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, replicaidentity, replication
+from shardkit.storage import change, indoubt, inspection, replicaidentity, replication
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
 from .progress import Listener
-from .transfer import Interrupted, Surroundings, TransferRun
+from .transfer import TransferRun
+from .waiting import Interrupted, Surroundings
 
-_AWAY = (psycopg.OperationalError, ShardUnreachable, CatalogUnreachable)
+_AWAY = (psycopg.Error, ShardUnreachable, CatalogUnreachable)
+"""What may be one of those errors that `_passes` tells from others."""
 
 
 def weights_of(topology: Topology) -> dict[int, int]:
@@ -150,22 +152,26 @@ class Mover:
                     except (Interrupted, MoverSuperseded):
                         raise
                     except Exception as error:
-                        if not _is_away(error):
+                        if not _passes(error):
                             run.catalog.failed(run.row, str(error))
                             raise
+                        if not _is_away(error):
+                            run.catalog.waiting(row.id, str(error))
                         if run.row.phase is not phase:
                             away_since = None
                         raise
             except _AWAY as error:
-                if not _is_away(error):
+                if not _passes(error):
                     raise
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > self._patience:
-                    raise MoveWaiting(
-                        f"A server did not come back within {self._patience:.0f} s: {error}"
-                    ) from error
+                    raise self._given_up(error) from error
                 self._around.pause(0.5)
                 self._settle_again()
+
+    def _given_up(self, error: BaseException) -> MoveWaiting:
+        what = "A server did not come back" if _is_away(error) else "A lock was not to be had"
+        return MoveWaiting(f"{what} within {self._patience:.0f} s: {error}")
 
     def catalog_row(self, transfer_id: int) -> TransferRow:
         """A transfer as the catalog holds it now, read through a connection of the calling thread's own."""
@@ -175,8 +181,17 @@ class Mover:
     # --- what an earlier mover, or a lost connection, left ---------------------------------------------------------
 
     def _settle(self) -> None:
+        deadline = time.monotonic() + self._patience
         with ShardConnections() as shards:
-            _settle(self.catalog, shards)
+            while True:
+                try:
+                    return _settle(self.catalog, shards)
+                except (
+                    psycopg.errors.LockNotAvailable
+                ) as error:  # of the mover before, whose statement still runs
+                    if time.monotonic() > deadline:
+                        raise self._given_up(error) from error
+                    self._around.pause(0.1)
 
     def _settle_again(self) -> None:
         try:
@@ -186,8 +201,10 @@ class Mover:
                 ShardConnections() as shards,
             ):
                 _settle(catalog, shards)
-        except _AWAY:
-            return  # still away: the caller tries again until its patience ends
+        except _AWAY as error:
+            if not _passes(error):
+                raise
+            # Still so: the caller tries again until its patience ends.
 
     def _restore_identities(self, catalog: Catalog) -> None:
         topology = catalog.current()
@@ -200,13 +217,17 @@ class Mover:
 
     def _restore_identity(self, connection: Connection, table: ShardedTable) -> None:
         deadline = time.monotonic() + self._patience
-        while True:
-            try:
-                return replicaidentity.restore(connection, table, self._around.token)
-            except psycopg.errors.LockNotAvailable as error:
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(f"The replica identity of {table} could not be set back.") from error
-                self._around.pause(0.1)
+        while replicaidentity.is_changed(connection, table):
+            blocker = inspection.holder(connection, table, inspection.Against.EVERYBODY, change.LOCK_TIMEOUT)
+            if blocker is None:
+                try:
+                    replicaidentity.restore(connection, table, self._around.token)
+                    return
+                except psycopg.errors.LockNotAvailable:
+                    blocker = "many short ones"
+            if time.monotonic() > deadline:
+                raise MoveWaiting(f"The replica identity of {table} could not be set back: {blocker}.")
+            self._around.pause(0.1)
 
 
 def _settle(catalog: Catalog, shards: ShardConnections) -> None:
@@ -232,10 +253,16 @@ def _settle(catalog: Catalog, shards: ShardConnections) -> None:
     change.settle(catalog, shards, on_open=on_open)
 
 
+def _passes(error: BaseException) -> bool:
+    """Whether to try again may help: a server is away, or somebody holds a lock, as a statement of a mover that was
+    killed does until the server notices."""
+    return _is_away(error) or isinstance(error, psycopg.errors.LockNotAvailable)
+
+
 def _is_away(error: BaseException) -> bool:
     """Whether the error says that a server, or the way to it, is away for now; a refused statement does not."""
     if isinstance(error, ShardUnreachable | CatalogUnreachable):
         return True
-    return isinstance(error, psycopg.OperationalError) and (
-        error.sqlstate is None or error.sqlstate.startswith(("08", "57P", "25P"))
-    )
+    if isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        return True
+    return isinstance(error, psycopg.Error) and (error.sqlstate or "").startswith(("08", "57P", "25P"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import psycopg
 
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import indoubt, replication, servers, tables
+from shardkit.storage import indoubt, inspection, replication, sequences, servers, tables
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
@@ -36,6 +37,21 @@ def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnect
         raise PreflightFailed(
             f"Rows cannot move from {source.name} to {target.name}:\n"
             + "\n".join(f"  - {text}" for text in reasons),
+            reasons=reasons,
+        )
+
+
+def check_tables(
+    sharded: Iterable[ShardedTable], source: Shard, target: Shard, shards: ShardConnections
+) -> None:
+    """Raise `PreflightFailed` where a table has become one whose rows cannot move, as by DDL during the move."""
+    here, there = shards.get(source), shards.get(target)
+    reasons = [text for table in sharded for text in _table(table, here, there, source, target)]
+    if reasons:
+        raise PreflightFailed(
+            f"Tables were altered while their rows move from {source.name} to {target.name}:\n"
+            + "\n".join(f"  - {text}" for text in reasons),
+            hint="Make the tables alike and `shardkit rebalance resume`, or take the move back with `rebalance abort`.",
             reasons=reasons,
         )
 
@@ -123,8 +139,12 @@ def _table(
     reasons += [f"shard {source.name}: {text}" for text in tables.key_problems(table, mine)]
     if mine is None or other is None:
         return reasons
-    if mine.persistence != "p" or other.persistence != "p":
-        reasons.append(f"table {table} is unlogged or temporary, which logical replication does not carry")
+    for shard, connection in ((source, here), (target, there)):
+        reasons += [
+            f"{name} of table {table} on {shard.name} is unlogged or temporary, "
+            "which logical replication does not carry"
+            for name in inspection.unlogged(connection, table)
+        ]
     if not mine.primary_key and any(column.generated for column in mine.columns):
         reasons.append(f"table {table} has generated columns and no primary key")
     if not mine.primary_key and mine.identity != "i":
@@ -143,14 +163,16 @@ def _table(
     if value(here, "SELECT 1 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
                    "WHERE i.inhparent = %s::regclass AND NOT c.relispartition", (_name(table, here),)):  # fmt: skip
         reasons.append(f"table {table} has inheritance children, which are not published with it")
-    for (trigger,) in there.execute(
-        "SELECT tgname FROM pg_trigger WHERE tgrelid = %s::regclass AND tgenabled IN ('A', 'R') AND NOT tgisinternal",
-        (_name(table, there),),
-    ):
-        reasons.append(
-            f"trigger {trigger} of {table} on {target.name} fires for replicated rows (ENABLE ALWAYS or REPLICA)"
-        )
-    return reasons
+    for shard, connection, what in ((source, here, "deleted"), (target, there, "replicated")):
+        reasons += [
+            f"{trigger} of {table} on {shard.name} fires for {what} rows of a move (ENABLE ALWAYS or REPLICA)"
+            for trigger in inspection.eager_triggers(connection, table)
+        ]
+    reasons += [
+        f"column {table}.{column} is {shown}: what its values name (large objects, say) is not carried along"
+        for column, shown in inspection.of_this_server(here, table)
+    ]
+    return reasons + sequences.problems(here, there, table)
 
 
 def _name(table: ShardedTable, connection: Connection) -> str:

@@ -7,10 +7,10 @@ after a crash at any point. What is to be cleaned up is named in the catalog bef
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from shardkit.core.topology import Shard, ShardedTable, Topology
 from shardkit.storage import (
     change,
     fence,
-    indoubt,
+    inspection,
     purge,
     replicaidentity,
     replication,
@@ -30,14 +30,16 @@ from shardkit.storage import (
     sourceguard,
     tables,
 )
+from shardkit.storage.attended import attended
 from shardkit.storage.catalog import Catalog, TransferRow
-from shardkit.storage.connections import Connection, ShardConnections, transaction
+from shardkit.storage.connections import SHORT, Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
 
 from . import preflight
-from .cutover import Cutover, Postponed
-from .progress import Listener, Tracker
+from .cutover import Altered, Cutover, Postponed
+from .progress import Tracker
 from .verify import Verifier
+from .waiting import Surroundings, Waits
 
 POLL = 0.1
 """Seconds between two looks at a copy that runs."""
@@ -45,30 +47,9 @@ SMALL_LAG = 0.5
 """Seconds in which the target must have applied everything before rows are compared."""
 REVIVALS = 5
 """So many times in a row a subscription that stopped is enabled again."""
-_DDL = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
-
-
-class Interrupted(Exception):
-    """The operator asked the mover to stop; the transfer stays in its phase."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the transfers of a job share: the catalog, the lease, the stop, and what only one does at a time: change the
-    topology, fit replica identities."""
-
-    catalog_url: str
-    token: int
-    stop: threading.Event
-    listener: Listener
-    changing: threading.Lock
-    patience: float
-    fitting: threading.Lock = field(default_factory=threading.Lock)
-
-    def pause(self, seconds: float) -> None:
-        """Wait, or raise `Interrupted` at once when the operator stops the mover."""
-        if self.stop.wait(seconds):
-            raise Interrupted
+_PATIENT = (*change.OPENING, ("lock_timeout", "500ms"))
+_DDL = (*SHORT, ("lock_timeout", "10ms"), ("synchronous_commit", "on"))
+"""With a wait that is shorter than what a role for applications may have set for itself."""
 
 
 class TransferRun:
@@ -89,6 +70,7 @@ class TransferRun:
         self.track = Tracker(
             row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener
         )
+        self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self._verifier: Verifier | None = None
         self._revivals = 0
         self._ready = 0
@@ -151,11 +133,6 @@ class TransferRun:
         """The target, for looking and for short transactions."""
         return self.probes.get(self.target_shard)
 
-    def _wait_for(self, reason: str | None) -> None:
-        if reason != self.track.now.waiting_for:
-            self.track.update(waiting_for=reason)
-            self.catalog.waiting(self.row.id, reason)
-
     def _change(self, make: Callable[[Topology, int], Topology], patience: float, **hooks: Any) -> None:
         def next_topology(current: Topology | None, version: int) -> Topology:
             assert current is not None
@@ -163,7 +140,7 @@ class TransferRun:
 
         with self.around.changing:
             change.apply(
-                self.catalog, self.shards, next_topology, report=self._wait_for, patience=patience, **hooks
+                self.catalog, self.shards, next_topology, report=self.waits.tell, patience=patience, **hooks
             )
 
     def _patiently_change(self, make: Callable[[Topology, int], Topology]) -> None:
@@ -177,41 +154,21 @@ class TransferRun:
                     raise
                 self.around.pause(0.2)
 
-    def _with_lock_retries(self, what: str, shard: Shard, act: Callable[[], None]) -> None:
-        """Repeat DDL that gives up its lock soon, so that writers never queue behind it for long."""
-        deadline = time.monotonic() + self.around.patience
-        pause = 0.02
-        while True:
-            try:
-                act()
-                return self._wait_for(None)
-            except psycopg.errors.LockNotAvailable as error:
-                blocker = (
-                    replication.oldest_writer(self.probes.get(shard)) or "a session that reads the table"
-                )
-                self._wait_for(f"{what} on shard {shard.name} waits for {blocker}")
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(
-                        f"{what} on shard {shard.name} could not get its lock: {blocker}."
-                    ) from error
-            self.around.pause(pause)
-            pause = min(pause * 1.5, 1.0)
-
     # --- prepare ---------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> Event:
         topology = self.topology()
+        self._drop_replication()  # what a copy that begins again left takes slots that it needs
+        preflight.check(topology, self.source_shard, self.target_shard, self.shards)
+        with self.around.fitting:
+            for table in self.tables:
+                self._fit_replica_identity(table)
         if not topology.by_id[self.row.target].in_transit.issuperset(self.row.arcs):
-            preflight.check(topology, self.source_shard, self.target_shard, self.shards)
-            with self.around.fitting:
-                for table in self.tables:
-                    self._fit_replica_identity(table)
             self._patiently_change(lambda now, version: now.marked(version, self.row.target, self.row.arcs))
-        self._drop_replication()
         self._delete_rows(self.target_shard)
         for index, table in enumerate(self.tables):
             install = partial(self._install, index, table)
-            self._with_lock_retries(f"the trigger on {table}", self.source_shard, install)
+            self.waits.with_lock_retries(f"the trigger on {table}", self.source_shard, install, table)
         identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
         rows, size = self._estimate()
         self.catalog.forget(self.row.id, "copy_began")
@@ -226,11 +183,21 @@ class TransferRun:
     def _fit_replica_identity(self, table: ShardedTable) -> None:
         if replicaidentity.fits(self.source, table):
             return
-        replicaidentity.prepare_index(self.source, table, self.around.token)
-        self._with_lock_retries(
+        # On a connection of its own: it waits for every transaction that may know the table without the index.
+        connection = self.shards.get(self.source_shard)
+        what = f"the index for the replica identity of {table} on shard {self.source_shard.name}"
+        attended(
+            connection,
+            lambda: replicaidentity.prepare_index(connection, table, self.around.token),
+            self.waits.looking_after(what, self.source_shard, connection.info.backend_pid),
+        )
+        self.waits.tell(None)
+        self.waits.with_lock_retries(
             f"the replica identity of {table}",
             self.source_shard,
             lambda: replicaidentity.use(self.source, table, self.around.token),
+            table,
+            inspection.Against.EVERYBODY,
         )
 
     def _both(self) -> Iterable[tuple[Shard, Connection]]:
@@ -268,15 +235,18 @@ class TransferRun:
         self._subscribe()
         rows: dict[str, int] = {}
         size: dict[str, int] = {}
-        forgot = time.monotonic()
+        forgot = worked = time.monotonic()
         while True:
             state = self._copy_state()
+            self._require_slot()
             rows |= state.rows
             size |= state.bytes
             self.track.update(rows=sum(rows.values()), bytes=sum(size.values()))
             if state.ready == state.tables == len(self.tables):
                 break
             failpoint("copying.poll")
+            if not self._held_up(state, time.monotonic() - worked):
+                worked = time.monotonic()
             if time.monotonic() - forgot > 5:
                 sourceguard.forget_changes(self.source, self.row.id, self.around.token)
                 forgot = time.monotonic()
@@ -300,25 +270,54 @@ class TransferRun:
         failpoint("copying.subscribed")
 
     def _create_slot(self) -> None:
-        deadline = time.monotonic() + self.around.patience
+        what = f"the replication slot on shard {self.source_shard.name}"
         while True:
-            try:
-                with transaction(self.source):
-                    change.claim(self.source, self.around.token)
-                self.source.execute("SET statement_timeout = '2s'")
-                replication.create_slot(self.source, self.name)
-                return self._wait_for(None)
-            except psycopg.errors.QueryCanceled as error:
-                blocker = replication.oldest_writer(self.source) or "a prepared transaction"
-                indoubt.recover(self.topology(), self.shards, only={self.row.source})
-                self._wait_for(f"the replication slot on shard {self.source_shard.name} waits for {blocker}")
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(
-                        f"No replication slot could be made: {blocker} is still open."
-                    ) from error
-            finally:
-                self.source.execute("SET statement_timeout = 0")
-            self.around.pause(POLL)
+            self._claim_source()
+            slot = replication.slot_state(self.source, self.name)
+            if slot.ready:
+                return self.waits.tell(None)
+            if slot.maker is not None:
+                # A mover that was killed left its server process at work; what that makes is as good.
+                look = self.waits.looking_after(what, self.source_shard, slot.maker)
+                while replication.slot_state(self.source, self.name).maker == slot.maker:
+                    look()
+                    self.around.pause(POLL)
+                continue
+            replication.drop_slot(self.source, self.name)
+            # On a connection of its own: it may take as long as the longest transaction that writes now.
+            connection = self.shards.get(self.source_shard)
+            with suppress(psycopg.errors.DuplicateObject):
+                attended(
+                    connection,
+                    partial(replication.create_slot, connection, self.name),
+                    self.waits.looking_after(what, self.source_shard, connection.info.backend_pid),
+                )
+
+    def _held_up(self, state: replication.CopyState, seconds: float) -> bool:
+        """Whether no table is being copied, which is so for a moment between two; tells the reason, and loses patience
+        with it."""
+        reason = replication.held_up(self.source, state.oid)
+        if reason is None:
+            self.waits.tell(None)
+        elif seconds > 2:
+            self.waits.recover_doubtful(self.source_shard)
+            self.waits.tell(f"the copy on shard {self.target_shard.name} waits for {reason}")
+            if seconds > self.around.patience:
+                raise MoveWaiting(f"The copy on shard {self.target_shard.name} waits for {reason}.")
+        return reason is not None
+
+    def _require_slot(self) -> None:
+        """`ReplicationFailed` where nothing more can come from the source, so that waiting would never end."""
+        if not replication.slot_is_lost(self.source, self.name):
+            return
+        what = f"Shard {self.source_shard.name} gave up the slot {self.name}"
+        if replication.slot_exists(self.source, self.name):
+            what += ": it held back too much WAL"
+        raise ReplicationFailed(
+            f"{what}.",
+            hint="`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before.",
+            shard=self.source_shard.name,
+        )
 
     def _copy_state(self) -> replication.CopyState:
         """The state of a subscription that runs, or runs again.
@@ -343,7 +342,7 @@ class TransferRun:
                 errors=state.errors,
             )
         self.around.pause(0.1 * self._revivals)
-        with transaction(self.target):
+        with transaction(self.target, *SHORT):
             change.claim(self.target, self.around.token)  # the opening may have stopped it, by another mover
             replication.set_enabled(self.target, self.name, True)
         return state
@@ -363,22 +362,19 @@ class TransferRun:
             sender = replication.sender(self.source, self.name, position)
             self.track.update(lag_bytes=sender.lag_bytes if sender else None)
             if sender is not None and sender.passed:
-                self._wait_for(None)
+                self.waits.tell(None)
                 return time.monotonic() - started
             self._copy_state()
             if time.monotonic() - started > 2:
-                if sender is None and replication.slot_is_lost(self.source, self.name):
-                    raise ReplicationFailed(
-                        f"Shard {self.source_shard.name} gave up the slot {self.name}: it held back too much WAL.",
-                        hint="`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before.",
-                        shard=self.source_shard.name,
-                    )
-                self._wait_for(f"shard {self.target_shard.name} applies the writes made meanwhile")
+                if sender is None:
+                    self._require_slot()
+                self.waits.tell(f"shard {self.target_shard.name} applies the writes made meanwhile")
             self.around.pause(0.005)
 
     def _verify(self) -> Event:
         if not self._same_servers():
             return Event.SERVER_CHANGED
+        preflight.check_tables(self.tables, self.source_shard, self.target_shard, self.probes)
         record = self.catalog.transfer(self.row.id).record
         self.track.update(rows_expected=record["rows_expected"])
         self._verifier = Verifier(
@@ -430,6 +426,9 @@ class TransferRun:
                     on_open=cutover.on_open,
                     clock=cutover.clock,
                 )
+            except Altered as reason:
+                self.waits.tell(str(reason))
+                return Event.POSTPONED
             except (Postponed, MoveWaiting) as error:
                 if time.monotonic() > deadline:
                     raise MoveWaiting(
@@ -473,19 +472,42 @@ class TransferRun:
 
     def _drop_replication(self) -> None:
         """Subscription first, and the slot when nobody uses it any more; nothing that was never made is missed."""
-        with transaction(self.target, *change.OPENING):
-            change.claim(self.target, self.around.token)
-            replication.drop_subscription(self.target, self.name)
+        self.waits.with_lock_retries(
+            "the end of the subscription", self.target_shard, self._drop_subscription
+        )
         failpoint("drop.subscription")
-        with transaction(self.source, *change.OPENING):
-            change.claim(self.source, self.around.token)
-            replication.drop_publication(self.source, self.name)
-        while not self._drop_slot():
-            self.around.pause(0.02)
+        self.waits.with_lock_retries("the end of the publication", self.source_shard, self._drop_publication)
+        self._drop_slot_patiently()
         failpoint("drop.slot")
 
+    def _drop_subscription(self) -> None:
+        with transaction(self.target, *_PATIENT):
+            change.claim(self.target, self.around.token)
+            replication.drop_subscription(self.target, self.name)
+
+    def _drop_publication(self) -> None:
+        with transaction(self.source, *_PATIENT):
+            change.claim(self.source, self.around.token)
+            replication.drop_publication(self.source, self.name)
+
+    def _drop_slot_patiently(self) -> None:
+        """Until whoever uses it has gone: a walsender, or what a killed mover left at work on it."""
+        deadline = time.monotonic() + self.around.patience
+        while not self._drop_slot():
+            user = replication.slot_state(self.source, self.name).maker
+            blocker = replication.blocker(self.source, user)
+            reason = f"the slot {self.name} on shard {self.source_shard.name} is in use by pid {user}" + (
+                f", which waits for {blocker}" if blocker else ""
+            )
+            if time.monotonic() > deadline:
+                raise MoveWaiting(f"Nothing is dropped yet: {reason}.")
+            if deadline - time.monotonic() < self.around.patience - 2:
+                self.waits.tell(reason)
+            self.around.pause(0.02)
+        self.waits.tell(None)
+
     def _drop_slot(self) -> bool:
-        with transaction(self.source):
+        with transaction(self.source, *SHORT):
             change.claim(self.source, self.around.token)
             return replication.drop_slot(self.source, self.name)
 
@@ -528,15 +550,22 @@ class TransferRun:
                 self.around.pause(0.02)
             except psycopg.errors.LockNotAvailable:
                 blocker = replication.oldest_writer(connection) or "a session that locks it"
-                self._wait_for(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
+                self.waits.tell(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
                 self.around.pause(0.02)
 
     def _remove_triggers(self) -> None:
         for index, table in enumerate(self.tables):
             uninstall = partial(self._uninstall, index, table)
-            self._with_lock_retries(f"the trigger on {table}", self.source_shard, uninstall)
-        with transaction(self.source):
+            everybody = inspection.Against.EVERYBODY
+            self.waits.with_lock_retries(
+                f"the trigger on {table}", self.source_shard, uninstall, table, everybody
+            )
+        self.waits.with_lock_retries("a trigger on a former partition", self.source_shard, self._clear)
+
+    def _clear(self) -> None:
+        with transaction(self.source, *_DDL):
             change.claim(self.source, self.around.token)
+            sourceguard.remove_strays(self.source, self.row.id)
             sourceguard.clear(self.source, self.row.id)
 
     def _uninstall(self, index: int, table: ShardedTable) -> None:
@@ -544,10 +573,13 @@ class TransferRun:
             change.claim(self.source, self.around.token)
             sourceguard.remove(self.source, self.row.id, index, table)
 
+    def _claim_source(self) -> None:
+        with transaction(self.source, *_PATIENT):
+            change.claim(self.source, self.around.token)
+
     def _undo(self) -> Event:
         # Written on the source first: a decision by an older mover is now made already or can never be.
-        with transaction(self.source, ("synchronous_commit", "on")):
-            change.claim(self.source, self.around.token)
+        self.waits.with_lock_retries("the end of the move", self.source_shard, self._claim_source)
         self._settle()
         if self._decided():
             return Event.DECIDED

@@ -24,21 +24,19 @@ from shardkit.core.topology import Topology
 
 from . import fence, indoubt
 from .catalog import Catalog
-from .connections import Connection, ShardConnections, transaction
+from .connections import SHORT, Connection, ShardConnections, transaction
 from .failpoints import failpoint
 
 LOCK_TIMEOUT = 0.05
 """Seconds that a closing lock may wait, and so the longest that applications queue behind it."""
 
 CLOSING = (
+    *SHORT,
     ("lock_timeout", f"{int(LOCK_TIMEOUT * 1000)}ms"),
     ("statement_timeout", "10s"),
-    # A mover that hangs with the fence in its hand loses it.
-    ("idle_in_transaction_session_timeout", "2s"),
-    ("tcp_user_timeout", "5s"),
     ("synchronous_commit", "on"),
 )
-OPENING = (("lock_timeout", "5s"), ("statement_timeout", "30s"), ("synchronous_commit", "on"))
+OPENING = (*SHORT, ("statement_timeout", "30s"), ("synchronous_commit", "on"))
 
 Report = Callable[[str | None], None]
 Clock = Callable[[str], None]

@@ -43,14 +43,25 @@ _SETTINGS = {
     "default_transaction_read_only": "off",
     # A server that crashes and forgets a token, a version or a decision would give it twice.
     "synchronous_commit": "on",
+    # What a killed mover left waiting must not go on for its successor to meet.
+    "client_connection_check_interval": "1s",
     # The server's side of the same: a machine that vanished must not keep the lease for two hours.
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",
 }
+SHORT = (
+    ("lock_timeout", "2s"),
+    # A mover that hangs, or whose machine vanished, loses what it holds.
+    ("idle_in_transaction_session_timeout", "2s"),
+    ("tcp_user_timeout", "5s"),
+)
+"""Settings of every transaction in which a mover holds anything: its token, a fence, a lock on a table."""
 _SET = """
 SELECT set_config(name, setting, false) FROM unnest(%s::text[], %s::text[]) AS wanted (name, setting)
 WHERE NOT (name = 'synchronous_commit' AND current_setting(name) = 'remote_apply')
+  -- Refused where the system cannot tell.
+  AND NOT (name = 'client_connection_check_interval' AND version() ~* 'mingw|windows|visual c')
 """
 
 _REFUSALS = re.compile(

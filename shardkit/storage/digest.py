@@ -2,7 +2,8 @@
 
 A row's digest is the server's 64-bit text hash of its columns in the order of their names; digests of many rows are
 summed, so order does not matter, and the count goes with the sum. Everything is computed on the servers; only one line
-a chunk, or one a key, comes back.
+a chunk, or one a row of those asked for, comes back. Which row it is says its identity (`Table.row_identity`); where
+that is the shard key alone, all rows of the key stand for one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ TEXT_FORM = (
 )
 """Settings of a transaction that digests rows: all that the text form of a value depends on."""
 ROWS_A_CHUNK = 20_000
-_KEY_ARRAY = {"int": "int8[]", "text": "text[]", "uuid": "uuid[]"}
+BY_INDEX = (("enable_hashjoin", "off"), ("enable_mergejoin", "off"))
+"""Settings under which a few rows are sought one by one, whatever the planner knows of the table."""
+_ROW = sql.SQL("t")
 
 
 class Digest(NamedTuple):
@@ -39,6 +42,14 @@ class Digest(NamedTuple):
 
     rows: int
     sum: int
+
+
+class Compared(NamedTuple):
+    """What of a table is compared: the columns that say which row it is, all columns, and their types."""
+
+    identity: tuple[str, ...]
+    columns: tuple[str, ...]
+    types: dict[str, str]
 
 
 def snapshot(connection: Connection, *settings: tuple[str, str]) -> AbstractContextManager[Connection]:
@@ -59,13 +70,13 @@ def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
 
 
 def _row_digest(columns: Sequence[str]) -> sql.Composed:
-    names = sql.SQL(", ").join(map(sql.Identifier, columns))
+    names = sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in columns)
     return sql.SQL("sum(hashtextextended(ROW({})::text, 0))").format(names)
 
 
 def of_table(connection: Connection, table: DeclaredTable, columns: Sequence[str]) -> Digest:
     """Digest of all rows of a table."""
-    query = sql.SQL("SELECT count(*), coalesce({digest}, 0) FROM {table}").format(
+    query = sql.SQL("SELECT count(*), coalesce({digest}, 0) FROM {table} AS t").format(
         digest=_row_digest(columns), table=relation(table)
     )
     rows, total = connection.execute(query).fetchone() or (0, 0)
@@ -81,7 +92,7 @@ def by_chunk(
     bounds = "{" + ",".join(str(piece.first) for piece in pieces) + "}"
     query = sql.SQL(
         "SELECT width_bucket({place}, {bounds}::bigint[]) - 1, count(*), {digest} "
-        "FROM {table} WHERE {inside} GROUP BY 1"
+        "FROM {table} AS t WHERE {inside} GROUP BY 1"
     ).format(
         place=position(table),
         bounds=sql.Literal(bounds),
@@ -92,35 +103,83 @@ def by_chunk(
     return {place: Digest(rows, int(total)) for place, rows, total in connection.execute(query)}
 
 
-def by_key_of_chunk(
-    connection: Connection, table: ShardedTable, columns: Sequence[str], piece: Arc
-) -> dict[str, Digest]:
-    """Digest of the rows of each key (as text) of one chunk."""
-    query = sql.SQL(
-        "SELECT {key}::text, count(*), {digest} FROM {table} WHERE {place} BETWEEN {first} AND {last} GROUP BY {key}"
-    ).format(
-        key=sql.Identifier(table.key),
-        digest=_row_digest(columns),
+def identity_text(identity: Sequence[str], row: sql.Composable) -> sql.Composed:
+    """Which row it is, as text that reads the same on both servers: a JSON object of the columns."""
+    pairs = [
+        part
+        for name in identity
+        for part in (sql.Literal(name), sql.SQL("{}.{}").format(row, sql.Identifier(name)))
+    ]
+    return sql.SQL("pg_catalog.jsonb_build_object({})::text").format(sql.SQL(", ").join(pairs))
+
+
+def by_bucket_of_chunk(
+    connection: Connection, table: ShardedTable, compared: Compared, piece: Arc, buckets: int
+) -> dict[int, Digest]:
+    """Digest of the rows of one chunk in ``buckets`` parts (a power of two), by the hash of which row it is."""
+    query = sql.SQL("SELECT {bucket}, count(*), {digest} FROM {table} AS t WHERE {inside} GROUP BY 1").format(
+        bucket=_bucket(compared, buckets),
+        digest=_row_digest(compared.columns),
         table=relation(table),
-        place=position(table),
-        first=bigint(piece.first),
-        last=bigint(piece.last),
+        inside=_inside(table, piece),
     )
-    return {key: Digest(rows, int(total)) for key, rows, total in connection.execute(query)}
+    return {bucket: Digest(rows, int(total)) for bucket, rows, total in connection.execute(query)}
 
 
-def by_key(
-    connection: Connection, table: ShardedTable, columns: Sequence[str], keys: Sequence[str]
+def by_row_of_chunk(
+    connection: Connection,
+    table: ShardedTable,
+    compared: Compared,
+    piece: Arc,
+    buckets: int,
+    wanted: Sequence[int],
 ) -> dict[str, Digest]:
-    """Digest of the rows of each of these keys (as text) that has any; by an index on the key where there is one."""
+    """Digest of each row (see `identity_text`) of one chunk that falls into one of the ``wanted`` buckets."""
     query = sql.SQL(
-        "SELECT {key}::text, count(*), {digest} FROM {table} WHERE {key} = ANY({keys}::{array}) GROUP BY {key}"
+        "SELECT {row}, count(*), {digest} FROM {table} AS t WHERE {inside} AND {bucket} = ANY({wanted}) GROUP BY 1"
     ).format(
-        key=sql.Identifier(table.key),
-        digest=_row_digest(columns),
+        row=identity_text(compared.identity, _ROW),
+        digest=_row_digest(compared.columns),
         table=relation(table),
+        inside=_inside(table, piece),
+        bucket=_bucket(compared, buckets),
+        wanted=sql.SQL("{}::bigint[]").format(sql.Literal(list(wanted))),
+    )
+    return {row: Digest(rows, int(total)) for row, rows, total in connection.execute(query)}
+
+
+def by_row(
+    connection: Connection, table: ShardedTable, compared: Compared, rows: Sequence[str]
+) -> dict[str, Digest]:
+    """Digest of each of these rows (see `identity_text`) that is there; by an index, where `BY_INDEX` is set."""
+    named = sql.SQL(", ").join(
+        # As the server itself writes the type.
+        sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(compared.types[name]))
+        for name in compared.identity
+    )
+    alike = sql.SQL(" AND ").join(
+        sql.SQL("t.{0} = w.{0}").format(sql.Identifier(name)) for name in compared.identity
+    )
+    query = sql.SQL(
+        "SELECT {row}, count(*), {digest} FROM pg_catalog.jsonb_to_recordset({rows}::jsonb) AS w ({named}) "
+        "JOIN {table} AS t ON {alike} GROUP BY 1"
+    ).format(
+        row=identity_text(compared.identity, _ROW),
+        digest=_row_digest(compared.columns),
         # A literal and no parameter, beside which a percent sign in a name would be taken for another one.
-        keys=sql.Literal(list(keys)),
-        array=sql.SQL(_KEY_ARRAY[table.key_type]),
+        rows=sql.Literal("[" + ",".join(rows) + "]"),
+        named=named,
+        table=relation(table),
+        alike=alike,
     )
-    return {key: Digest(rows, int(total)) for key, rows, total in connection.execute(query)}
+    return {row: Digest(found, int(total)) for row, found, total in connection.execute(query)}
+
+
+def _bucket(compared: Compared, buckets: int) -> sql.Composed:
+    return sql.SQL("(hashtextextended({}, 0) & {})").format(
+        identity_text(compared.identity, _ROW), bigint(buckets - 1)
+    )
+
+
+def _inside(table: ShardedTable, piece: Arc) -> sql.Composed:
+    return sql.SQL("{} BETWEEN {} AND {}").format(position(table), bigint(piece.first), bigint(piece.last))

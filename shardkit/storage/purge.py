@@ -16,15 +16,14 @@ from shardkit.core.topology import Fence, ShardedTable
 
 from . import fence as fences
 from .change import claim
-from .connections import Connection, transaction, value
+from .connections import SHORT, Connection, transaction, value
 from .failpoints import failpoint
 from .predicate import within
 
 BLOCKS_A_BATCH = 512
 _SETTINGS = (
-    ("lock_timeout", "2s"),
+    *SHORT,
     ("statement_timeout", "60s"),
-    ("idle_in_transaction_session_timeout", "2s"),
     # Neither the application's triggers nor foreign keys may act: these rows live on, elsewhere.
     ("session_replication_role", "replica"),
     ("row_security", "off"),

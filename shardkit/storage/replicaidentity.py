@@ -14,12 +14,12 @@ from psycopg import sql
 from shardkit.core.topology import ShardedTable
 
 from .change import claim
-from .connections import Connection, transaction
+from .connections import SHORT, Connection, transaction, value
 from .predicate import relation
 from .tables import IDENTITY_INDEX, describe
 
 # ALTER TABLE waits for every reader, and every reader behind it waits too.
-_SETTINGS = (("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+_SETTINGS = (*SHORT, ("lock_timeout", "10ms"), ("synchronous_commit", "on"))
 
 
 def _index(table: ShardedTable) -> str:
@@ -48,7 +48,7 @@ def prepare_index(connection: Connection, table: ShardedTable, token: int) -> No
     ).fetchone()
     if valid is not None and valid[0]:
         return
-    with transaction(connection):
+    with transaction(connection, *SHORT):
         claim(connection, token)
     connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
     columns = [table.key, *(column for column in found.primary_key if column != table.key)]
@@ -57,6 +57,18 @@ def prepare_index(connection: Connection, table: ShardedTable, token: int) -> No
             sql.Identifier(_index(table)), relation(table), sql.SQL(", ").join(map(sql.Identifier, columns))
         )
     )
+
+
+def is_changed(connection: Connection, table: ShardedTable) -> bool:
+    """Whether `restore` has anything to do."""
+    name = relation(table).as_string(connection)
+    noted = value(connection, "SELECT 1 FROM shardkit.replica_identity WHERE relation = %s", (name,))
+    return noted is not None or _exists(connection, table)
+
+
+def _exists(connection: Connection, table: ShardedTable) -> bool:
+    name = sql.Identifier(table.schema, _index(table)).as_string(connection)
+    return value(connection, "SELECT to_regclass(%s)", (name,)) is not None
 
 
 def use(connection: Connection, table: ShardedTable, token: int) -> None:
@@ -90,7 +102,12 @@ def restore(connection: Connection, table: ShardedTable, token: int) -> None:
     row = connection.execute(
         "SELECT kind::text, index_name FROM shardkit.replica_identity WHERE relation = %s", (name,)
     ).fetchone()
+    unused = sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))
     if row is None:
+        if _exists(connection, table):  # it was built, or was being built, and never put to use
+            with transaction(connection, *_SETTINGS):
+                claim(connection, token)
+                connection.execute(unused)
         return
     kind, index = row
     how = {
@@ -102,7 +119,5 @@ def restore(connection: Connection, table: ShardedTable, token: int) -> None:
     with transaction(connection, *_SETTINGS):
         claim(connection, token)  # a slow mover would take it from the next one's publication
         connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
-        connection.execute(
-            sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))
-        )
+        connection.execute(unused)
         connection.execute("DELETE FROM shardkit.replica_identity WHERE relation = %s", (name,))

@@ -37,7 +37,9 @@ SELECT 1 FROM pg_subscription
 WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND subname = %s
 """
 _COPY_STATE = """
-SELECT s.subenabled,
+SELECT s.oid,
+       (SELECT count(w.pid) FROM pg_stat_subscription w WHERE w.subid = s.oid),
+       s.subenabled,
        (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid AND r.srsubstate = 'r'),
        (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid),
        coalesce((SELECT t.apply_error_count + t.sync_error_count
@@ -54,7 +56,10 @@ WHERE s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database(
 
 @dataclass(frozen=True, slots=True)
 class CopyState:
-    """What the target tells of a subscription: tables by state, the rows and bytes of the copies that run."""
+    """What the target tells of a subscription: tables by state, workers, the rows and bytes of the copies that run."""
+
+    oid: int
+    workers: int
 
     enabled: bool
     ready: int
@@ -62,6 +67,14 @@ class CopyState:
     errors: int
     rows: dict[str, int]
     bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """Whether a slot can be streamed from; else the backend that makes it now, if one does."""
+
+    ready: bool
+    maker: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +116,11 @@ def create_publication(source: Connection, name: str, tables: Iterable[ShardedTa
         sql.SQL("{} WHERE ({})").format(relation(table), within(table, arcs)) for table in tables
     )
     source.execute(
-        sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true)").format(
-            sql.Identifier(name), filtered
-        )
+        # Not TRUNCATE: row filters do not apply to it, and it would empty the target of its own rows.
+        sql.SQL(
+            "CREATE PUBLICATION {} FOR TABLE {} "
+            "WITH (publish_via_partition_root = true, publish = 'insert, update, delete')"
+        ).format(sql.Identifier(name), filtered)
     )
 
 
@@ -115,21 +130,33 @@ def drop_publication(source: Connection, name: str) -> None:
 
 
 def slot_exists(source: Connection, name: str) -> bool:
-    """Whether the slot is there."""
+    """Whether the slot is there, be it of use or not."""
     return value(source, "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", (name,)) is not None
 
 
+def slot_state(source: Connection, name: str) -> SlotState:
+    """Whether the slot, before its subscription uses it, is there, or about to be."""
+    row = source.execute(
+        "SELECT confirmed_flush_lsn IS NOT NULL AND wal_status IS DISTINCT FROM 'lost', active_pid "
+        "FROM pg_replication_slots WHERE slot_name = %s",
+        (name,),
+    ).fetchone()
+    if row is None:
+        return SlotState(False, None)
+    confirmed, pid = row
+    return SlotState(confirmed and pid is None, pid)
+
+
 def slot_is_lost(source: Connection, name: str) -> bool:
-    """Whether nothing can be streamed from the slot any more: it is gone, or outgrew ``max_slot_wal_keep_size``."""
+    """Whether nothing can be streamed from a slot any more: it is gone, or outgrew ``max_slot_wal_keep_size``."""
     query = "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND wal_status IS DISTINCT FROM 'lost'"
     return value(source, query, (name,)) is None
 
 
 def create_slot(source: Connection, name: str) -> None:
-    """Make the slot. Waits for every transaction that writes on the server now, as long as statement_timeout allows;
-    a creation that is cancelled leaves nothing."""
-    if not slot_exists(source, name):
-        source.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
+    """Make the slot, which is not there. Waits for every transaction that writes on the server now; a creation that is
+    cancelled leaves nothing."""
+    source.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
 
 
 def drop_slot(source: Connection, name: str) -> bool:
@@ -145,6 +172,25 @@ def drop_slot(source: Connection, name: str) -> bool:
     return True
 
 
+def blocker(connection: Connection, pid: int | None) -> str | None:
+    """Whom a backend waits for, in words; None if it waits for nobody."""
+    row = connection.execute(
+        """
+        SELECT b.pid, a.usename, a.application_name, extract(epoch FROM clock_timestamp() - a.xact_start)::float8,
+               a.query, (SELECT gid FROM pg_prepared_xacts ORDER BY prepared LIMIT 1)
+        FROM unnest(pg_blocking_pids(%s)) b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+        ORDER BY a.xact_start LIMIT 1
+        """,
+        (pid,),
+    ).fetchone()
+    if row is None:
+        return None
+    blocking, user, application, age, query, gid = row
+    if blocking == 0:
+        return f"prepared transaction {gid!r}"
+    return _session(blocking, user, application, age, query)
+
+
 def oldest_writer(source: Connection) -> str | None:
     """The transaction that slot creation waits for, in words."""
     row = source.execute(
@@ -158,8 +204,13 @@ def oldest_writer(source: Connection) -> str | None:
     if row is None:
         return None
     pid, user, application, age, query = row
+    return _session(pid, user, application, age, query)
+
+
+def _session(pid: int, user: str, application: str, age: float | None, query: str | None) -> str:
+    text = " ".join((query or "").split())[:80]
     return (
-        f"pid {pid}, user {user}, application {application or '-'}, transaction {age:.1f} s old: {query[:80]}"
+        f"pid {pid}, user {user}, application {application or '-'}, transaction {age or 0:.1f} s old: {text}"
     )
 
 
@@ -173,6 +224,24 @@ def sender(source: Connection, name: str, passed: str | None = None) -> Sender |
         (passed, name),
     ).fetchone()
     return Sender(*row) if row else None
+
+
+def held_up(source: Connection, subscription: int) -> str | None:
+    """Why no table of a subscription is being copied, in words, as the source sees it; None if one is.
+
+    The workers of the copies come under names of the server's own, and each waits, as it begins, for the transactions
+    that write then.
+    """
+    workers = source.execute(
+        "SELECT pid, wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity "
+        "WHERE backend_type = 'walsender' AND starts_with(application_name, %s)",
+        (f"pg_{subscription}_sync_",),
+    ).fetchall()
+    if not workers:
+        return "a worker of the target, of which none has come to copy (max_logical_replication_workers)"
+    if not all(waits for _, waits in workers):
+        return None
+    return blocker(source, workers[0][0]) or "a lock"
 
 
 def position_now(source: Connection) -> str:
@@ -238,9 +307,9 @@ def copy_state(target: Connection, name: str) -> CopyState | None:
     row = target.execute(_COPY_STATE, (name,)).fetchone()
     if row is None:
         return None
-    enabled, ready, tables, errors, running = row
+    oid, workers, enabled, ready, tables, errors, running = row
     return CopyState(
-        enabled, ready, tables, errors,
+        oid, workers, enabled, ready, tables, errors,
         {name: counts[0] for name, counts in running.items()},
         {name: counts[1] for name, counts in running.items()},
     )  # fmt: skip

@@ -1,14 +1,19 @@
 """The triggers that stand on the source's tables from PREPARE to DONE.
 
-They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note the keys
-of moving rows that are written, so that the last comparison before the decision looks at those alone, and, from the
+They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note which
+moving rows are written, so that the last comparison before the decision looks at those alone, and, from the
 decision on, refuse writes to moved rows by anyone who goes round the session. Whoever writes a moving row holds an
 advisory lock to the end of its transaction, for which the decision waits: a transaction without the fence could
 otherwise commit a write after the last comparison. They are ordinary triggers: a purge, and
 the apply of replicated changes, run with session_replication_role = replica and pass them by.
+
+What a REPEATABLE READ transaction reads is as old as its snapshot, ``shardkit.moved`` included. So it is refused as by
+a fence: it locks an empty relation by a name which the decision renames, and names are looked up as they are now.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from psycopg import sql
 
@@ -16,13 +21,36 @@ from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import ShardedTable
 
 from .change import claim
-from .connections import Connection, transaction, value
+from .connections import SHORT, Connection, transaction, value
+from .digest import TEXT_FORM, identity_text
 from .fence import WRITERS_LOCK
+from .inspection import parts
 from .predicate import position, relation, within
+from .tables import Table, describe
+
+_ALWAYS_ALIKE = {
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "numeric",
+    "text",
+    "varchar",
+    "bpchar",
+    "uuid",
+    "date",
+    "timestamp",
+}
+"""Types whose form in JSON depends on no setting."""
 
 
 def _function(transfer: int, index: int) -> sql.Identifier:
     return sql.Identifier("shardkit", f"note_{transfer}_{index}")
+
+
+def _marker(transfer: int, state: str) -> sql.Identifier:
+    """The empty relation whose name says whether the rows of a transfer are ``moving`` or have ``moved``."""
+    return sql.Identifier("shardkit", f"{state}_{transfer}")
 
 
 def _trigger(transfer: int, what: str) -> sql.Identifier:
@@ -33,22 +61,47 @@ def _trigger(transfer: int, what: str) -> sql.Identifier:
 _BODY = sql.SQL("""
 DECLARE
     new_owner text;
+    before text;
+    after text;
 BEGIN
     PERFORM pg_advisory_xact_lock_shared({lock}, {transfer});
-    SELECT m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
-    IF FOUND THEN
-        RAISE EXCEPTION 'shardkit: this row of %.% has moved to shard %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
+    SELECT 'shard ' || m.target INTO new_owner FROM shardkit.moved m WHERE m.transfer_id = {transfer};
+    IF new_owner IS NULL AND current_setting('transaction_isolation') <> 'read committed' THEN
+        BEGIN
+            LOCK TABLE {moving} IN ACCESS SHARE MODE;
+        EXCEPTION WHEN undefined_table THEN
+            new_owner := 'another shard';
+        END;
+    END IF;
+    IF new_owner IS NOT NULL THEN
+        RAISE EXCEPTION 'shardkit: this row of %.% has moved to %', TG_TABLE_SCHEMA, TG_TABLE_NAME, new_owner
             USING ERRCODE = 'SK001', HINT = 'Write through the shardkit session, which knows the owner of a key.';
     END IF;
     IF TG_OP <> 'INSERT' THEN
-        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, OLD.{key}::text);
+        before := {before};
+        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, before);
     END IF;
-    IF TG_OP = 'INSERT' OR (TG_OP = 'UPDATE' AND NEW.{key} IS DISTINCT FROM OLD.{key}) THEN
-        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, NEW.{key}::text);
+    IF TG_OP <> 'DELETE' THEN
+        after := {after};
+        IF after IS DISTINCT FROM before THEN
+            INSERT INTO shardkit.changed VALUES ({transfer}, {index}, after);
+        END IF;
     END IF;
     RETURN NULL;
 END
 """)
+
+
+def _text_form(found: Table, identity: Sequence[str]) -> sql.Composable:
+    """Settings for a function that notes rows, where the text of which row it is depends on those of its caller."""
+    types = {column.base for column in found.columns if column.name in identity}
+    if types <= _ALWAYS_ALIKE:
+        return sql.SQL("")
+    return sql.SQL(" ").join(
+        sql.SQL("SET {} = {}").format(sql.Identifier(name.lower()), sql.Literal(setting))
+        for name, setting in TEXT_FORM
+        if name not in ("DateStyle", "row_security")
+    ) + sql.SQL(" SET datestyle = 'ISO', 'YMD'")
 
 
 def installed(source: Connection, transfer: int, index: int) -> bool:
@@ -62,18 +115,24 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
     if installed(source, transfer, index):
         return
     function = _function(transfer, index)
+    found = describe(source, table)
+    assert found is not None
+    identity = found.row_identity(table.key)
     body = _BODY.format(
         lock=sql.Literal(WRITERS_LOCK),
         transfer=sql.Literal(transfer),
         index=sql.Literal(index),
-        key=sql.Identifier(table.key),
+        before=identity_text(identity, sql.SQL("OLD")),
+        after=identity_text(identity, sql.SQL("NEW")),
+        moving=_marker(transfer, "moving"),
     )
+    source.execute(sql.SQL("CREATE TABLE IF NOT EXISTS {} ()").format(_marker(transfer, "moving")))
     # Definer: the application's role may write its tables and not ours.
     source.execute(
         sql.SQL(
             "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
-            "SET search_path = pg_catalog, pg_temp AS {}"
-        ).format(function, sql.Literal(body.as_string(source)))
+            "SET search_path = pg_catalog, pg_temp {} AS {}"
+        ).format(function, _text_form(found, identity), sql.Literal(body.as_string(source)))
     )
     old, new = within(table, arcs, "OLD"), within(table, arcs, "NEW")
     for what, event, condition in (
@@ -92,37 +151,60 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
             "EXECUTE FUNCTION shardkit.refuse_rekey()"
         ).format(_trigger(transfer, "rekey"), relation(table), position(table, "OLD"), position(table, "NEW"))
     )
-    source.execute(
-        sql.SQL(
-            "CREATE TRIGGER {} BEFORE TRUNCATE ON {} FOR EACH STATEMENT EXECUTE FUNCTION shardkit.refuse_truncate()"
-        ).format(_trigger(transfer, "truncate"), relation(table))
-    )
+    # A statement's trigger fires for the table that it names; partitions can be named by themselves.
+    for part in parts(source, table):
+        source.execute(
+            sql.SQL(
+                "CREATE TRIGGER {} BEFORE TRUNCATE ON {} FOR EACH STATEMENT "
+                "EXECUTE FUNCTION shardkit.refuse_truncate()"
+            ).format(_trigger(transfer, "truncate"), part)
+        )
 
 
 def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -> None:
     """Drop the triggers of one table, in the caller's transaction."""
     if not installed(source, transfer, index):
         return
-    for what in ("rekey", "truncate"):
+    source.execute(
+        sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "rekey"), relation(table))
+    )
+    for part in parts(source, table):
         source.execute(
-            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, what), relation(table))
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "truncate"), part)
         )
     source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
 
 
+def remove_strays(source: Connection, transfer: int) -> None:
+    """Drop the triggers on what was a partition and was detached, when those of all tables are gone."""
+    strays = source.execute(
+        """
+        SELECT n.nspname, c.relname, t.tgname FROM pg_trigger t
+        JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE t.tgname ~ %s AND NOT t.tgisinternal AND t.tgparentid = 0
+        """,
+        (f"^zz_shardkit_{transfer}_",),
+    ).fetchall()
+    for schema, name, trigger in strays:
+        source.execute(
+            sql.SQL("DROP TRIGGER {} ON {}").format(sql.Identifier(trigger), sql.Identifier(schema, name))
+        )
+
+
 def forget_changes(source: Connection, transfer: int, token: int) -> None:
     """Drop what was noted and committed so far: what is compared from now on sees those writes."""
-    with transaction(source):
+    with transaction(source, *SHORT):
         claim(source, token)
         source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
 
 
 def take_changes(source: Connection, transfer: int, token: int, limit: int) -> list[tuple[int, str]]:
-    """Take the keys noted so far, as (table number, key as text), without repetition; about ``limit`` notes at most.
+    """Take the rows noted so far, as (table number, `digest.identity_text`), without repetition; about ``limit`` at
+    most.
 
     `MoverSuperseded` where another mover compares now: a note that went to the wrong one would never be looked at.
     """
-    with transaction(source):
+    with transaction(source, *SHORT):
         claim(source, token)
         rows = source.execute(
             """
@@ -139,7 +221,7 @@ def take_changes(source: Connection, transfer: int, token: int, limit: int) -> l
 
 
 def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:
-    """The keys noted so far, left where they are."""
+    """The rows noted so far, left where they are."""
     rows = source.execute(
         "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s", (transfer,)
     )
@@ -158,9 +240,13 @@ def set_moved(source: Connection, transfer: int, target: str) -> None:
         "INSERT INTO shardkit.moved (transfer_id, target) VALUES (%s, %s) ON CONFLICT DO NOTHING",
         (transfer, target),
     )
+    moving, moved = _marker(transfer, "moving"), sql.Identifier(f"moved_{transfer}")
+    source.execute(sql.SQL("ALTER TABLE IF EXISTS {} RENAME TO {}").format(moving, moved))
 
 
 def clear(source: Connection, transfer: int) -> None:
     """Drop what a transfer left in shardkit's own tables of the source."""
     source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
     source.execute("DELETE FROM shardkit.moved WHERE transfer_id = %s", (transfer,))
+    for state in ("moving", "moved"):
+        source.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(_marker(transfer, state)))

@@ -59,6 +59,9 @@ class Column:
 class Table:
     """A table as the server describes it. ``constraints`` and ``indexes`` are definitions without names.
 
+    A primary key that is DEFERRABLE identifies no row while rows are carried: ``primary_key`` is empty then, and
+    ``deferrable_key`` true.
+
     ``rows_estimate`` is the server's, from its statistics or, where there are none, from the size of the table.
     """
 
@@ -72,6 +75,13 @@ class Table:
     primary_key: tuple[str, ...]
     rows_estimate: float
     bytes: int
+    deferrable_key: bool = False
+
+    def row_identity(self, key: str) -> tuple[str, ...]:
+        """Columns that say which row it is, ``key`` first: those of the primary key or of an index that was chosen as
+        replica identity; ``key`` alone, which many rows share, where there is neither."""
+        chosen = sorted(self.identity_columns) if self.identity == "i" else ()
+        return (key, *(name for name in self.primary_key or chosen if name != key))
 
     def column(self, name: str) -> Column | None:
         """The column of this name."""
@@ -100,7 +110,7 @@ SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = %s AND cont
 """
 _INDEXES = """
 SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.relname, %(ours)s),
-       i.indisprimary, i.indisreplident,
+       i.indisprimary, i.indisreplident, i.indimmediate,
        ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k(attnum, place)
              JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum ORDER BY k.place)
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
@@ -120,9 +130,13 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     primary_key: tuple[str, ...] = ()
     identity_columns: frozenset[str] = frozenset()
     found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": IDENTITY_INDEX})
-    for definition, name, ours, primary, replica_identity, names in found_indexes:
+    deferrable_key = False
+    for definition, name, ours, primary, replica_identity, immediate, names in found_indexes:
         if not ours:  # else it stands on one server alone, for as long as a job runs
             indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
+        if primary and not immediate:
+            deferrable_key = True  # two rows may have it at once: to replication it is none
+            continue
         if primary:
             primary_key = tuple(names)
         if replica_identity or (identity == "d" and primary):
@@ -131,7 +145,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
         identity_columns = frozenset(column.name for column in columns)
     return Table(
         kind, persistence, identity, identity_columns, columns, constraints, frozenset(indexes), primary_key,
-        estimate if estimate >= 0 else _guessed_rows(connection, table, oid), size,
+        estimate if estimate >= 0 else _guessed_rows(connection, table, oid), size, deferrable_key,
     )  # fmt: skip
 
 
@@ -186,6 +200,11 @@ def key_problems(table: ShardedTable, found: Table | None) -> list[str]:
         problems.append(f"key {table}.{table.key} has a nondeterministic collation")
     if key.identity or (key.default and "nextval" in key.default):
         problems.append(f"key {table}.{table.key} is numbered by each server by itself")
+    if found.deferrable_key and table.key not in found.identity_columns:
+        problems.append(
+            f"the primary key of {table} is DEFERRABLE, so it cannot tell which row a replicated change means "
+            "(make it NOT DEFERRABLE, or give the table a REPLICA IDENTITY that holds the shard key)"
+        )
     return problems
 
 

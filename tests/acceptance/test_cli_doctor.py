@@ -62,6 +62,7 @@ def test_leftovers_of_a_move_and_their_removal(two: Shards, call: Program) -> No
             "FOR EACH ROW EXECUTE FUNCTION shardkit.note_7_0()"
         ),
         sql.SQL("INSERT INTO shardkit.moved VALUES (7, 's2')"),
+        sql.SQL("CREATE TABLE shardkit.moved_7 ()"),
         sql.SQL("INSERT INTO shardkit.changed VALUES (7, 0, '1'), (7, 0, '2')"),
         sql.SQL("ALTER TABLE public.users REPLICA IDENTITY FULL"),
         sql.SQL("INSERT INTO shardkit.replica_identity VALUES ('public.users', 'd', NULL)"),
@@ -84,6 +85,7 @@ def test_leftovers_of_a_move_and_their_removal(two: Shards, call: Program) -> No
         ("s1", "changed replica identity of public.users"),
         ("s1", "function shardkit.note_7_0"),
         ("s1", "index public.shardkit_identity_posts"),
+        ("s1", "marker moved_7"),
         ("s1", f"publication {prefix}_7"),
         ("s1", "refusal of writes to moved rows"),
         ("s1", f"replication slot {prefix}_7"),
@@ -106,6 +108,26 @@ def test_tables_that_drifted(two: Shards, call: Program) -> None:
     two.on("s2").execute("ALTER TABLE public.users ALTER name SET NOT NULL")
     two.on("s2").execute("DROP TABLE public.posts")
     assert one_problem(call) == ("s2", "tables", "table public.posts does not exist")
+
+
+def test_unique_values_that_are_so_on_each_shard_alone(two: Shards, call: Program) -> None:
+    """A note and no problem; the plan of a move shows it as well."""
+    for name in ("s1", "s2"):
+        two.on(name).execute("ALTER TABLE public.users ADD email text, ADD token uuid UNIQUE")
+        two.on(name).execute("CREATE UNIQUE INDEX one_email ON public.users (lower(email))")
+        two.on(name).execute("CREATE UNIQUE INDEX one_name ON public.users (name) INCLUDE (id)")
+        two.on(name).execute("CREATE UNIQUE INDEX fine ON public.users (name, id)")
+    notes = [
+        each["detail"].split(" is unique on each shard alone")[0]
+        for each in call("doctor", "--json").ok().document["findings"]
+        if (each["subject"], each["check"], each["level"]) == ("s1", "tables", "note")
+    ]
+    expected = ["one_email (an expression) of public.users", "one_name (name) of public.users"]
+    assert notes == expected
+    plan = call("rebalance", "plan").ok()
+    assert [line.startswith("Note: ") for line in plan.out.splitlines()].count(True) == 2
+    planned = call("rebalance", "plan", "--json").ok().document["notes"]
+    assert [text.split(" is unique")[0] for text in planned] == expected
 
 
 def test_a_key_that_became_nullable(two: Shards, call: Program) -> None:

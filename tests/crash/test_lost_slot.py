@@ -9,7 +9,7 @@ import pytest
 from shardkit.core.errors import ReplicationFailed
 from shardkit.core.move import Phase
 from shardkit.rebalance.progress import Progress
-from shardkit.rebalance.transfer import Interrupted
+from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage.connections import Connection, value
 from tests.fix_postgres import NewCluster
 from tests.fix_shards import MakeShards, Shards, fill

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from shardkit.core.errors import PreflightFailed
 from tests.fix_shards import FencedWriter, MakeShards, Shards, fill
 
 MOVER = """
@@ -82,3 +83,17 @@ def test_killed_at(make_shards: MakeShards, failpoint: str) -> None:
 @pytest.mark.parametrize("failpoint", REST)
 def test_killed_at_every_other_point(make_shards: MakeShards, failpoint: str) -> None:
     killed_then_resumed(make_shards, failpoint)
+
+
+def test_the_preflight_is_made_again_on_resume(make_shards: MakeShards) -> None:
+    """The arcs are marked, and the target has changed since."""
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    assert run_mover(shards, "preparing.end") == -signal.SIGKILL
+    assert shards.topology().by_id[1].in_transit
+    shards.on("s2").execute("ALTER TABLE public.users RENAME COLUMN n TO number")
+    with pytest.raises(PreflightFailed, match=r"public\.users\.n is missing on the target"):
+        shards.resume()
+    shards.on("s2").execute("ALTER TABLE public.users RENAME COLUMN number TO n")
+    shards.resume()
+    shards.assert_clean()

@@ -8,7 +8,7 @@ from psycopg import sql
 from shardkit.core.errors import PreflightFailed
 from shardkit.core.topology import ShardedTable
 from shardkit.storage.connections import connect, value
-from tests.fix_shards import MakeShards, fill
+from tests.fix_shards import MakeShards, fill, owner_of
 
 
 def carried(make_shards: MakeShards, table: ShardedTable, schema: str, filling: str) -> None:
@@ -105,3 +105,33 @@ def test_a_type_without_equality_needs_a_primary_key(make_shards: MakeShards) ->
     assert ["a% is json" in named[0], "p is point" in named[1]] == [True, True]
     assert len(named) == 2
     assert not shards.topology().by_id[1].in_transit
+
+
+def test_sequences_that_count_down_are_small_or_share_by_steps(make_shards: MakeShards) -> None:
+    entries = ShardedTable("public", "entries", "owner", "int")
+    schema = """
+    CREATE SEQUENCE public.down INCREMENT -1;
+    CREATE SEQUENCE public.steps INCREMENT 2;
+    CREATE TABLE public.entries (
+        owner bigint NOT NULL,
+        small smallserial,
+        down bigint NOT NULL DEFAULT nextval('public.down'),
+        step bigint NOT NULL DEFAULT nextval('public.steps'),
+        PRIMARY KEY (owner, small)
+    );
+    """
+    shards = make_shards(1, tables=(entries,), schema=schema)
+    one = shards.on("s1")
+    one.execute("SELECT setval('public.entries_small_seq', 32000)")
+    one.execute("INSERT INTO public.entries (owner) SELECT g % 50 FROM generate_series(1, 500) g")
+    shards.add("s2", 1)
+    two = shards.on("s2")
+    two.execute("ALTER SEQUENCE public.steps RESTART 2")  # the even numbers, beside the odd ones
+    shards.move()
+    shards.assert_clean()
+    owner = next(key for key in range(50) if owner_of(shards.topology(), key) == "s2")
+    given = "INSERT INTO public.entries (owner) VALUES (%s) RETURNING small, down, step"
+    ((small, down, step),) = two.execute(given, (owner,)).fetchall()
+    assert 32500 < small < 32767
+    assert down < -500
+    assert (step > 999, step % 2) == (True, 0)

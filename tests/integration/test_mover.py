@@ -24,7 +24,7 @@ from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.progress import Progress
-from shardkit.rebalance.transfer import Interrupted
+from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage import fence
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import connect, value

@@ -10,7 +10,8 @@ from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.move import Phase
 from shardkit.core.topology import Topology
 from shardkit.rebalance.mover import Mover
-from shardkit.rebalance.transfer import Interrupted, Surroundings, TransferRun
+from shardkit.rebalance.transfer import TransferRun
+from shardkit.rebalance.waiting import Interrupted, Surroundings
 from shardkit.storage import change, fence
 from shardkit.storage.catalog import TransferRow
 from shardkit.storage.connections import ShardConnections

@@ -10,7 +10,8 @@ import pytest
 from shardkit.core.errors import MoverSuperseded
 from shardkit.core.move import Phase
 from shardkit.rebalance.mover import Mover
-from shardkit.rebalance.transfer import Interrupted, Surroundings, TransferRun
+from shardkit.rebalance.transfer import TransferRun
+from shardkit.rebalance.waiting import Interrupted, Surroundings
 from shardkit.storage import replication, sourceguard
 from shardkit.storage.connections import value
 from tests.fix_shards import MakeShards, Shards, fill

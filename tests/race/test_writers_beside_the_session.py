@@ -87,3 +87,53 @@ def test_a_write_that_comes_while_it_is_decided_is_carried_or_refused(make_shard
     held = {row[0]: row[2] for rows in shards.rows(shards.tables[1]).values() for row in rows}
     assert {key: held[key] for key in acknowledged} == acknowledged
     assert set(refused) <= {"SK001"}
+
+
+@pytest.mark.parametrize("isolation", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_snapshot_from_before_the_decision_does_not_write_after_it(
+    make_shards: MakeShards, isolation: str
+) -> None:
+    """What such a transaction reads says that the rows have not moved."""
+    shards = make_shards(1)
+    fill(shards.on("s1"), 200)
+    shards.add("s2", 1)
+    old = connect(shards.topology().named("s1").url)
+    keys: list[int] = []
+    refused: list[str | None] = []
+
+    def look_before_and_write_after(progress: Progress) -> None:
+        if progress.phase is Phase.VERIFYING and not keys:
+            keys.append(a_moving_key(shards, progress.transfer))
+            old.execute(f"BEGIN ISOLATION LEVEL {isolation}")
+            # The lock on the table that says what has moved is held too, so that nothing is read anew with it.
+            old.execute("SELECT FROM shardkit.moved")
+        if progress.phase is Phase.PURGING and not refused:
+            with pytest.raises(psycopg.Error, match="has moved") as caught:
+                old.execute("INSERT INTO public.posts VALUES (%s, 4242, 'lost')", keys)
+            refused.append(caught.value.sqlstate)
+            old.close()
+
+    shards.move(listener=look_before_and_write_after)
+    assert refused == ["SK001"]
+    shards.assert_clean()
+
+
+def test_a_snapshot_from_before_the_move_writes_until_the_decision(make_shards: MakeShards) -> None:
+    shards = make_shards(1)
+    fill(shards.on("s1"), 200)
+    shards.add("s2", 1)
+    old = connect(shards.topology().named("s1").url)
+    old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    old.execute("SELECT FROM shardkit.moved")
+    keys: list[int] = []
+
+    def write(progress: Progress) -> None:
+        if progress.phase is Phase.VERIFYING and not keys:
+            keys.append(a_moving_key(shards, progress.transfer))
+            old.execute("INSERT INTO public.posts VALUES (%s, 4242, 'kept')", keys)
+            old.execute("COMMIT")
+            old.close()
+
+    shards.move(listener=write)
+    shards.assert_clean()
+    assert value(shards.on("s2"), "SELECT body FROM public.posts WHERE id = 4242") == "kept"

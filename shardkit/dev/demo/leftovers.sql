@@ -21,6 +21,9 @@ WHERE n.nspname = 'shardkit' AND starts_with(p.proname, 'note_')
 UNION ALL
 SELECT 'mark of a moved arc', transfer_id::text FROM shardkit.moved
 UNION ALL
+SELECT 'marker', relname::text FROM pg_class
+WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov(ing|ed)_[0-9]'
+UNION ALL
 SELECT 'note of a written key', key FROM shardkit.changed
 UNION ALL
 SELECT 'replica identity', relation FROM shardkit.replica_identity
