@@ -12,7 +12,7 @@ import getpass
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, LiteralString, Self
 from uuid import UUID, uuid4
@@ -105,6 +105,10 @@ class Catalog:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.token is not None and not self.connection.closed:
+            # A server notices a closed connection after a while; whoever comes next need not wait for it.
+            with suppress(psycopg.Error):
+                self.connection.execute("SELECT pg_advisory_unlock_all()")
         self.connection.close()
 
     def is_initialised(self) -> bool:
