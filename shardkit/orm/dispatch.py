@@ -22,9 +22,9 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
-from . import partial, replicated, scatterpolicy
+from . import byhand, partial, remembered, replicated, scatterpolicy
 from .prepared import NOW
-from .routing import Parameters, Route, ShardPart
+from .routing import Parameters, Plan, Route, ShardPart
 from .whole import EveryShardPlan
 
 if TYPE_CHECKING:
@@ -83,8 +83,10 @@ class Finishing:
 class Dispatch:
     """Runs the statements of one session on the shards they belong to."""
 
-    def __init__(self, session: ShardSession) -> None:
+    def __init__(self, session: ShardSession, *, by_hand: bool = False) -> None:
+        """``by_hand`` says that the application scatters the statement itself (`orm.byhand`)."""
         self._session = session
+        self._by_hand = by_hand
 
     @property
     def dialect(self) -> Dialect:
@@ -102,7 +104,13 @@ class Dispatch:
         session = self._session
         own = statement._execution_options
         options: Mapping[str, Any] = {**own, **(execution_options or {})} if own else execution_options or {}
-        plan = session.cluster.planner.plan(statement, parameters or None, options)
+        if remembered.REFRESHING in options:
+            statement = remembered.bound(statement, options)
+        plan: Plan
+        if self._by_hand:
+            plan = byhand.plan_scattered(statement, parameters or None, options)
+        else:
+            plan = session.cluster.planner.plan(statement, parameters or None, options)
         if plan.everywhere:
             scatterpolicy.met(statement, plan.reason, options.get(scatterpolicy.SCATTER, session.scatter))
         route = session.provision(plan, partial.wanted(options))
@@ -114,7 +122,8 @@ class Dispatch:
             return connection.execute(part.statement, part.parameters, execution_options=options)
         if isinstance(plan, EveryShardPlan):
             return replicated.execute(session, plan.target, route, options)
-        return self._on_several(route, ShardPart(statement, parameters), options)
+        given = ShardPart(statement, parameters)
+        return self._on_several(route, given, options, one_first=plan.one_first)
 
     def scalar(
         self,
@@ -126,7 +135,9 @@ class Dispatch:
         """The first column of the first row; as ``Connection.scalar``."""
         return self.execute(statement, parameters, execution_options=execution_options).scalar()
 
-    def _on_several(self, route: Route, given: ShardPart, options: Mapping[str, Any]) -> CursorResult[Any]:
+    def _on_several(
+        self, route: Route, given: ShardPart, options: Mapping[str, Any], *, one_first: bool
+    ) -> CursorResult[Any]:
         session = self._session
         # Connections are had here, one after the other: a session's transaction is not for several threads.
         connections = {shard_id: session.shards.connection(shard_id) for shard_id in route.shards}
@@ -135,19 +146,24 @@ class Dispatch:
             sent["stream_results"] = True
 
         def work(shard_id: int) -> _Work:
-            part = parts[shard_id]
-            connection = connections[shard_id]
-            return lambda: connection.execute(part.statement, part.parameters, execution_options=sent)
+            part, connection = parts[shard_id], connections[shard_id]
+            values = part.parameters if first is None else replicated.with_defaults(part.parameters, first)
+            return lambda: connection.execute(part.statement, values, execution_options=sent)
 
         finish = Finishing(next(iter(connections.values())), given, options)
         parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
-        works = {shard_id: work(shard_id) for shard_id in parts}
+        first: CursorResult[Any] | None = None
+        before: dict[int, CursorResult[Any]] = {}
+        if one_first:
+            first_id = next(iter(parts))
+            first = before[first_id] = work(first_id)()
+        works = {shard_id: work(shard_id) for shard_id in parts if shard_id not in before}
         if session.engines.is_async:
             results = await_(_in_tasks(works))
         else:
             results = _in_threads(works, session.cluster.workers, lambda: _cancel(connections.values()))
         assert route.merge is not None
-        return route.merge.merged(results, finish)
+        return route.merge.merged({**before, **results}, finish)
 
 
 def _in_threads(

@@ -22,6 +22,7 @@ def merged(
     first = next(iter(results.values()))
     if any(result.context._has_rowcount for result in results.values()):
         first.context._rowcount = sum(result.context.rowcount for result in results.values())
+    _add_returned_defaults(first, results)
     if not first.returns_rows:
         return first
     try:
@@ -31,3 +32,10 @@ def merged(
             if result is not first:
                 result.close()
     return first._rewind(rows)
+
+
+def _add_returned_defaults(first: CursorResult[Any], results: Mapping[int, CursorResult[Any]]) -> None:
+    """What SQLAlchemy has returned to itself, to synchronize objects of the session, on all shards."""
+    found = [row for result in results.values() for row in result.context.returned_default_rows or ()]
+    if found:
+        first.context.returned_default_rows = found

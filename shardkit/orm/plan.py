@@ -55,6 +55,8 @@ class Plan:
     """Why it runs where it does, for people."""
     everywhere = False
     """Whether it asks all shards, however many there are."""
+    one_first = False
+    """Whether the other shards are sent what Python made (defaults) for the first."""
     merging = "rows concatenated"
     """How the results of several shards become one, for people."""
 

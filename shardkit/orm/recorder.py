@@ -204,11 +204,6 @@ class Compiled:
             cast(Call, self.cache_key) if self.cache_key else Uncached(None, self.compiler._collected_params)
         )
 
-    @property
-    def returns_defaults(self) -> bool:
-        """Whether SQLAlchemy has added a RETURNING of its own, whose rows it takes from one connection."""
-        return bool(self.compiler.implicit_returning)
-
     def rendered_name(self, from_: Any) -> str:
         """The name by which columns of a FROM are qualified in the SQL."""
         name = getattr(from_, "name", None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
 from shardkit.core.ring import position
@@ -23,6 +23,7 @@ from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
 from . import bulk, partial, replicated
+from .byhand import vet_named
 from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
@@ -48,8 +49,8 @@ class OneShard:
 class _Everywhere:
     """What `ShardSession.get_bind` returns for a statement: the shard is found when it runs."""
 
-    def __init__(self, session: ShardSession) -> None:
-        self.dispatch = Dispatch(session)
+    def __init__(self, session: ShardSession, *, by_hand: bool = False) -> None:
+        self.dispatch = Dispatch(session, by_hand=by_hand)
         self.dialect = session.cluster.dialect
 
 
@@ -148,6 +149,7 @@ class ShardSession(Session):
         engine: Engine | None = None,
         key: Any = None,
         shard: str | None = None,
+        scatter: bool = False,
         **_: Any,
     ) -> Any:
         """For SQLAlchemy: the engine that is pinned or named, else a place that routes each statement."""
@@ -155,18 +157,20 @@ class ShardSession(Session):
             _refuse_bind()
         if engine is not None:
             return engine
-        if key is not None:
-            return self.provision_position(position(key)).engine
-        if shard is not None:
-            return self._provision_named(shard).engine
-        if clause is not None:
+        if key is not None or shard is not None:
+            if scatter or (key is not None and shard is not None):
+                raise UsageError("bind_arguments name one of key, shard and scatter.")
+            vet_named(clause)
+            return (
+                self.provision_position(position(key)) if shard is None else self._provision_named(shard)
+            ).engine
+        if scatter:
+            return _Everywhere(self, by_hand=True)
+        if clause is not None or mapper is None:  # unions and their like come without a clause
             return self._everywhere
-        if self._pinned is not None:
-            return self._pinned
-        raise UnroutableQuery(
-            f"{'This' if mapper is None else mapper} names no shard.",
-            hint="Give `session.connection(key=...)` a shard key; map an association table as an entity of its own.",
-        )
+        if self._pinned is None:
+            _refuse_unnamed(mapper)
+        return self._pinned
 
     def _connection_for_bind(self, engine: Any, execution_options: Any = None, **kw: Any) -> Any:
         if isinstance(engine, _Everywhere):
@@ -191,6 +195,8 @@ class ShardSession(Session):
         if arguments.get("bind") is not None:
             _refuse_bind()
         if key is None and shard is None:
+            if "engine" not in arguments:
+                _refuse_unnamed("This")
             return super().connection(arguments, execution_options)
         shards = self.shards
         known = frozenset(shards.scope.participants)
@@ -273,6 +279,12 @@ def _refuse_bind() -> NoReturn:
     )
 
 
+def _refuse_unnamed(what: object) -> NoReturn:
+    raise UnroutableQuery(
+        f"{what} names no shard.", hint="Give `session.connection(key=...)` a shard key, or `shard=` a name."
+    )
+
+
 def _refuse_legacy(name: str) -> NoReturn:
     raise UnroutableQuery(
         f"{name} is a legacy operation of SQLAlchemy that a session over shards does not have.",
@@ -283,6 +295,22 @@ def _refuse_legacy(name: str) -> NoReturn:
 @event.listens_for(ShardSession, "before_flush")
 def _before_flush(session: ShardSession, *_: Any) -> None:
     provision_flush(session)
+
+
+@event.listens_for(ShardSession, "after_transaction_create")
+def _route_associations(session: ShardSession, transaction: SessionTransaction) -> None:
+    """A flush asks its own transaction for a connection where it writes an association table, whose rows it has no
+    instances of: each of them is routed as the statement that it is."""
+    if transaction.origin is not SessionTransactionOrigin.SUBTRANSACTION:
+        return
+    connection = transaction.connection
+
+    def routed(bindkey: Any, execution_options: Any = None, **arguments: Any) -> Any:
+        if session._flushing and session._pinned is None and not arguments:
+            return session._everywhere.dispatch
+        return connection(bindkey, execution_options, **arguments)
+
+    transaction.connection = routed  # type: ignore[method-assign]
 
 
 @event.listens_for(ShardSession, "after_transaction_end")

@@ -300,6 +300,11 @@ class WritingPlan(SeveralPlan):
     __slots__ = ("_compile", "_writing")
 
     @property
+    def one_first(self) -> bool:  # type: ignore[override]
+        """Whether Python makes a value on update: one for all rows, also for those of other shards."""
+        return self._writing.makes
+
+    @property
     def reason(self) -> str:  # type: ignore[override]
         """The anchor."""
         return f"each row is decided about on the shard of its {self._writing.anchor}"

@@ -37,11 +37,13 @@ class Writing:
 
     A table is the same object in all statements of one shape, but an alias is each statement's own: ``place`` is that
     of the anchor among the aliases of a statement, None for a table. ``blocks`` are the tables of its blocks.
+    ``makes`` says whether Python makes the value of a column on update.
     """
 
     anchor: Node
     place: int | None
     blocks: list[dict[str, ShardedTable | None]]
+    makes: bool
     merge = Rows()
 
     def owned_only(self, statement: Any, owned: ArcSet, in_transit: ArcSet, compile_: Compile) -> Any:
@@ -74,17 +76,22 @@ def writing(compiled: Compiled, proofs: list[BlockProof], compile_: Compile) -> 
     if statement.is_from_statement or not isinstance(statement, Update | Delete):
         raise Refusal("from-statement", "from_statement() of a writing statement runs on one shard")
     anchor = anchored(proofs)
-    if compiled.returns_defaults:
-        raise Refusal(
-            "synchronize",
-            "objects of the session are not synchronized by rows that several shards return",
-            hint="Use the execution option synchronize_session='evaluate' or False.",
-        )
     vet_scatter(compiled)
     vet_clauses(compiled.statement)
-    found = Writing(anchor, _place(compiled, anchor), [_tables(proof) for proof in proofs])
+    found = Writing(
+        anchor, _place(compiled, anchor), [_tables(proof) for proof in proofs], _makes_on_update(compiled)
+    )
     found.rehearse(compiled, compile_)
     return found
+
+
+def _makes_on_update(compiled: Compiled) -> bool:
+    """Whether Python makes a value, which is one for all rows of the statement."""
+    if not compiled.given.is_update:
+        return False
+    table = compiled.statement.table
+    columns = [column.onupdate for column in getattr(table, "element", table).columns]
+    return any(made is not None and (made.is_scalar or made.is_callable) for made in columns)
 
 
 def _no_place() -> Refusal:

@@ -38,7 +38,7 @@ from sqlalchemy.orm import (
     with_polymorphic,
 )
 
-from shardkit.core.errors import IdentityConflict, UnroutableQuery
+from shardkit.core.errors import IdentityConflict
 from shardkit.core.keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet, slot_arc
 from shardkit.core.ring import position
 from shardkit.dev import Clusters
@@ -290,15 +290,15 @@ def test_an_orm_update_synchronizes_the_session(session: FleetSession) -> None:
     }
 
 
-def test_objects_are_not_synchronized_by_what_one_of_several_shards_returns(session: FleetSession) -> None:
-    account = session.get_one(Account, 5)
+def test_objects_are_synchronized_by_what_all_shards_return(session: FleetSession) -> None:
+    accounts = session.scalars(select(Account)).all()
     fetching = {"synchronize_session": "fetch"}
-    with pytest.raises(UnroutableQuery, match="synchronize"):
-        session.execute(update(Account).values(n=7), execution_options=fetching)
-    session.execute(update(Account).where(Account.id == 5).values(n=7), execution_options=fetching)
-    assert account.n == 7
-    session.execute(update(Account).values(n=Account.n + 1).returning(Account.id))
-    assert account.n == 8
+    session.execute(update(Account).values(n=7), execution_options=fetching)
+    assert {account.n for account in accounts} == {7}
+    returned = update(Account).values(n=Account.n + 1).returning(Account.id, Account.n)
+    rows = session.execute(returned, execution_options=fetching).all()
+    assert sorted(rows) == [(key, 8) for key in KEYS]
+    assert {account.n for account in accounts} == {8}
 
 
 def test_rows_are_returned_in_the_order_they_were_given(session: FleetSession) -> None:
