@@ -13,6 +13,7 @@ pytest_plugins = [
     "tests.fix_postgres",
     "tests.fix_sharded",
     "tests.fix_shards",
+    "tests.fix_twins",
 ]
 
 _TESTS = Path(__file__).parent
