@@ -35,7 +35,7 @@ class Prepared(Executable, ClauseElement):
         derived = statement._generate()
         # The columns of mapped classes bring the ORM's compilation with them, which was done already.
         derived._propagate_attrs = derived._propagate_attrs.__class__()
-        self.compiled: Any = _one_clock(cast(Any, dialect.statement_compiler))(dialect, derived)
+        self.compiled: Any = _compiler(dialect, compiled)(dialect, derived)
         self._own = dict(own or {})
         self._slots: dict[str, Slot] = {}
         for bind in self.compiled.bind_names:
@@ -93,6 +93,15 @@ def _one_clock(compiler: Any) -> Any:
     """The compiler of a dialect, with a parameter in the place of functions that tell the time."""
     return type(
         "OneClock", (compiler,), {f"visit_{name}_func": _visit_time(of) for name, of in _TIMES.items()}
+    )
+
+
+def _compiler(dialect: Dialect, compiled: Compiled) -> Any:
+    """A compiler that knows of the criteria of options (`with_loader_criteria`): they are in the statement by now, but
+    subqueries of it, which it compiles as the ORM does, look for them there."""
+    attributes = dict(compiled.compiler._global_attributes)
+    return type(
+        "Derived", (_one_clock(cast(Any, dialect.statement_compiler)),), {"_global_attributes": attributes}
     )
 
 
