@@ -27,6 +27,7 @@ from shardkit.storage.idleases import IdLeases
 
 from .binding import Terms, terms
 from .ids import leasing
+from .insertselect import InsertSelectProof, prove_insert_select
 from .kept import Kept
 from .plan import Parameters, Plan, Route, ShardPart
 from .proof import prove
@@ -63,7 +64,7 @@ class Planner:
         self._dialect = dialect
         self._most_rows = most_rows
         self._ids = ids
-        self._proofs: Kept[StatementProof | InsertProof | WholeProof] = Kept(size)
+        self._proofs: Kept[StatementProof | InsertProof | InsertSelectProof | WholeProof] = Kept(size)
 
     def plan(
         self,
@@ -131,13 +132,16 @@ class Planner:
                 return plan_values(statement, parameters, compiled, *_insert_facts(compiled))
             if whole:
                 proof = prove_insert_whole(compiled)
+            elif isinstance(compiled.statement, Insert) and compiled.statement.select is not None:
+                _vet_insert(compiled)
+                proof = prove_insert_select(compiled, self._facts(names, False))
             elif isinstance(compiled.statement, Insert):
                 proof = prove_insert(compiled, *_insert_facts(compiled))
             else:
                 proof = prove_statement(compiled, facts)
             if shape is not None:
                 self._proofs.put(shape, proof)
-        if isinstance(proof, WholeProof):
+        if isinstance(proof, WholeProof | InsertSelectProof):
             return proof.plan(statement, parameters)
         if isinstance(proof, InsertProof):
             return proof.plan(statement, parameters, call)
@@ -172,8 +176,8 @@ def _bulk_mapper(statement: Any, parameters: Parameters, options: Mapping[str, A
     return subject.mapper if strategy in ("auto", "bulk") else None
 
 
-def _insert_facts(compiled: Compiled) -> tuple[tuple[Terms, ...], Refusal | None]:
-    """The terms of the subqueries of an INSERT, and why its rows cannot go to several shards."""
+def _vet_insert(compiled: Compiled) -> None:
+    """`Refusal` of an INSERT that is not the whole statement."""
     if compiled.given.is_from_statement:
         raise Refusal("from-statement", "from_statement() of an INSERT is not routed: use its returning()")
     if (
@@ -182,6 +186,11 @@ def _insert_facts(compiled: Compiled) -> tuple[tuple[Terms, ...], Refusal | None
         or compiled.recording.kinds["delete"]
     ):
         raise Refusal("dml-in-cte", "a writing statement inside another is not routed")
+
+
+def _insert_facts(compiled: Compiled) -> tuple[tuple[Terms, ...], Refusal | None]:
+    """The terms of the subqueries of an INSERT, and why its rows cannot go to several shards."""
+    _vet_insert(compiled)
     proofs = prove(compiled)
     if any(block.homes for block in proofs):
         raise Refusal("home", "a subquery in an INSERT of sharded rows names a home table")

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
-from sqlalchemy import bindparam, delete, event, func, insert, inspect, select, update
+from sqlalchemy import bindparam, delete, event, func, insert, inspect, literal, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError, InvalidRequestError, NoResultFound
 from sqlalchemy.orm import (
@@ -25,7 +25,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.orm.exc import StaleDataError
 
-from shardkit.core.errors import CrossShardWrite
+from shardkit.core.errors import CrossShardWrite, UnroutableQuery
 from tests.fix_sharded import InSession
 from tests.fix_twins import Same
 from tests.sharded import affected
@@ -608,6 +608,63 @@ def test_update_from_and_delete_using(same: Same) -> None:
                           for table in (users, posts, post_tags))]  # fmt: skip
 
     same(work, mode="best_effort")
+
+
+def test_insert_from_select(twins: Twins, same: Same, in_shards: InSession) -> None:
+    """The key of the new rows is that of the rows they are made of: of one key, of several, of all."""
+    names = ["user_id", "id", "label"]
+    some = select(Post.user_id, Post.id + 50, func.coalesce(Post.title, "z"))
+    busy = select(User.id, func.count() + 90, func.max(Post.title)).join(User.posts)
+    statements = {
+        "one key": insert(Tag).from_select(
+            names, select(Post.user_id, Post.id + 150, literal("one")).where(Post.user_id == 8)
+        ),
+        "all": insert(Tag).from_select(names, some.where(Post.likes > 1, Post.title.is_not(None))),
+        "several keys": insert(Tag.metadata.tables["tag"]).from_select(
+            names, select(users.c.id, literal(70), users.c.name).where(users.c.id.in_(KEYS))
+        ),
+        "groups": insert(Tag).from_select(names, busy.where(Post.title.is_not(None)).group_by(User.id)),
+        "an upsert": upsert(Tag)
+        .from_select(names, select(Tag.user_id, Tag.id, literal("again")).where(Tag.id == 1))
+        .on_conflict_do_update(index_elements=["user_id", "id"], set_={"label": "again"}),
+        "no row": insert(Tag).from_select(names, some.where(Post.user_id.in_([]))),
+        "the same table": insert(Post).from_select(
+            ["user_id", "id", "title"], select(Post.user_id, Post.id + 30, Post.title)
+        ),
+    }
+
+    def work(session: Any) -> Any:
+        counts = [affected(session.execute(statement)) for statement in statements.values()]
+        returned = insert(Tag).from_select(names, some.with_only_columns(
+            Post.user_id, Post.id + 200, func.upper(Post.title)).where(Post.title.is_not(None)))  # fmt: skip
+        rows = session.execute(returned.returning(Tag.user_id, Tag.id)).all()
+        return [
+            counts,
+            sorted(shown(rows), key=str),
+            session.scalars(select(Tag).order_by(Tag.user_id, Tag.id)).all(),
+            session.scalars(select(Post).order_by(Post.user_id, Post.id)).all(),
+        ]
+
+    same(work, mode="best_effort")
+
+    def refused(session: Any) -> None:
+        limited = some.order_by(Post.user_id, Post.id).limit(5)
+        for wrong in (
+            limited,
+            some.with_only_columns(Post.likes, Post.id + 50, literal("z")),
+            some.with_only_columns(Post.user_id + 1, Post.id + 50, literal("z")),
+            some.with_only_columns(literal(8), Post.id + 50, literal("z")),
+            some.with_only_columns(Post.user_id, func.row_number().over(order_by=Post.id), literal("z")),
+            select(literal(1), literal(2), literal("z")),
+            some.join(User, User.rank == Post.likes),
+            some.with_only_columns(User.id, Post.id, literal("z")).join(User, User.rank == Post.likes),
+        ):
+            with pytest.raises(UnroutableQuery):
+                session.execute(insert(Tag).from_select(names, wrong))
+        with pytest.raises(UnroutableQuery):
+            session.execute(insert(File).from_select(["user_id", "name"], select(User.id, User.name)))
+
+    in_shards(refused, mode="best_effort")
 
 
 def test_synchronized_updates_and_deletes(same: Same) -> None:

@@ -278,7 +278,7 @@ def test_inserts_that_only_one_database_could_do_are_refused(planner: Planner) -
     rows = [{"id": key} for key in KEYS]
     cases = [
         (
-            insert(ACCOUNT).from_select(["id", "name"], select(ACCOUNT.c.id, ACCOUNT.c.name)),
+            insert(ACCOUNT).from_select(["id", "name"], select(ACCOUNT.c.id + 1, ACCOUNT.c.name)),
             None,
             "insert-from-select",
         ),
