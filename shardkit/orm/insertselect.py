@@ -17,18 +17,21 @@ from sqlalchemy.engine import Dialect
 from shardkit.core.topology import DeclaredTable, Topology
 
 from . import declare, proof
+from .anchor import local_nodes
 from .arranging import Arrangement
 from .binding import Unbound
 from .carriers import id_columns
+from .closure import BlockProof, Node
+from .elements import unlabelled
 from .gather import Rows
 from .keys import KeyColumn
 from .ownership import owned_only
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, ShardPart
-from .proof import BlockProof, Node, prove
+from .proof import prove
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .rows import vet_conflict
-from .scatter import Reading, local_keys
+from .scatter import Reading
 from .statements import PlannerFacts, SeveralPlan, StatementProof, prove_statement
 from .vetting import vet_scatter
 
@@ -87,7 +90,7 @@ class InsertSelectPlan(SeveralPlan):
         statement: Any = self._statement
         if self._strays(topology, shard_id):
             table = self._anchor.table
-            column = next(one for one in self._anchor.source.c if str(one.name) == table.key)
+            column = self._anchor.source.c[declare.key_column(self._anchor.source).key]
             owned, in_transit = topology.owned(shard_id), topology.by_id[shard_id].in_transit
             statement = statement._generate()
             statement.select = statement.select.where(owned_only(column, table.key_type, owned, in_transit))
@@ -107,7 +110,7 @@ def prove_insert_select(compiled: Compiled, facts: PlannerFacts) -> InsertSelect
     if len(compiled.recording.blocks) != len(select.recording.blocks):
         raise Refusal("subquery", "a subquery beside its SELECT is not routed")
     inner = prove_statement(select, facts)
-    if not isinstance(inner, StatementProof):
+    if not isinstance(inner, StatementProof) or inner.home is not None:
         raise Refusal("insert-from-select", "the shard key of its rows is that of no sharded table it reads")
     proofs = prove(select)
     node = _source(compiled, select, proofs[0], key)
@@ -125,11 +128,9 @@ def _source(compiled: Compiled, select: Compiled, top: BlockProof, key: Column[A
     """The table whose shard key the new rows have; `Refusal`."""
     names = [str(getattr(name, "key", name)) for name in compiled.given._select_names]
     if top.block.statement is select.statement and key.key in names:
-        element = top.block.columns[names.index(key.key)]
-        while getattr(element, "__visit_name__", "") == "label":
-            element = element.element
+        element = unlabelled(top.block.columns[names.index(key.key)])
         node = top.find_key(element, select.rendered_name)
-        if node is not None and any(node is one for one in top.nodes):
+        if node is not None and any(node is one for one in top.nodes) and _table(node) is not None:
             return node
     raise Refusal(
         "insert-from-select",
@@ -138,9 +139,16 @@ def _source(compiled: Compiled, select: Compiled, top: BlockProof, key: Column[A
     )
 
 
+def _table(node: Node) -> Table | None:
+    """The table that a FROM is; None if it is derived from others."""
+    source: Any = getattr(node.source, "element", node.source)
+    return source if isinstance(source, Table) else None
+
+
 def _fits(node: Node, key: Column[Any]) -> bool:
     """Whether each key is stored as it is: spaces at the end are cut off where they are too many."""
-    source: Any = node.source if isinstance(node.source, Table) else node.source.element
+    source = _table(node)
+    assert source is not None
     most, length = KeyColumn.of(key).length, KeyColumn.of(declare.key_column(source)).length
     return most is None or (length is not None and length <= most)
 
@@ -153,10 +161,12 @@ def _anchor(
         raise reading.again()
     if not isinstance(reading, Reading) or not isinstance(reading.merging, Arrangement):
         raise Refusal("insert-from-select", "the rows of its SELECT are not made shard by shard")
+    if reading.asks_the_time:
+        raise Refusal("insert-from-select", "each shard would have a clock of its own")
     merging = reading.merging
     if merging.limit is not None or merging.offset is not None or merging.distinct:
         raise Refusal("insert-from-select", "LIMIT, OFFSET and DISTINCT choose among the rows of all shards")
-    local = local_keys(node.block, next(one for one in node.block.nodes if str(one) == str(reading.anchor)))
+    local = local_nodes(node.block, next(one for one in node.block.nodes if str(one) == str(reading.anchor)))
     if not any(one is node for one in local):
         raise Refusal("insert-from-select", f"{node} is not the key of each row that it makes")
     if not isinstance(reading.anchor.source, Table):

@@ -150,12 +150,11 @@ def test_collections_of_one_key(twins: Twins, same: Same, loader: str) -> None:
         with count_of(session, counts), counting(session) as sent:
             user = session.scalars(select(User).where(User.id == WITH_POSTS).options(*options)).unique().one()
             found = [user, user.posts, [post.tags for post in user.posts], user.files]
-            # A subquery holds the condition on the key: the rows it makes are read from all shards.
-            assert sent is None or set(sent.shards()) == {twins.owner(WITH_POSTS)} or loader == "subquery"
+            assert sent is None or set(sent.shards()) == {twins.owner(WITH_POSTS)}
         return found
 
     same(work)
-    assert loader == "subquery" or counts[0] == counts[1]
+    assert counts[0] == counts[1]
 
 
 def count_of(session: Any, counts: list[int]) -> AbstractContextManager[Any]:
