@@ -101,11 +101,21 @@ class Dispatch:
         execution_options: Mapping[str, Any] | None = None,
     ) -> CursorResult[Any]:
         """Run a statement where it belongs; as ``Connection.execute``."""
-        session = self._session
         own = statement._execution_options
         options: Mapping[str, Any] = {**own, **(execution_options or {})} if own else execution_options or {}
-        if remembered.REFRESHING in options:
-            statement = remembered.bound(statement, options)
+        bound = remembered.bound(statement, options) if remembered.REFRESHING in options else None
+        if bound is not None:
+            result = self._execute(bound, parameters, options)
+            rows = [tuple(row) for row in result]
+            if rows:
+                return result._rewind(rows)
+            # The row may have another shard key by now: it was deleted and inserted again.
+        return self._execute(statement, parameters, options)
+
+    def _execute(
+        self, statement: Executable, parameters: Parameters, options: Mapping[str, Any]
+    ) -> CursorResult[Any]:
+        session = self._session
         plan: Plan
         if self._by_hand:
             plan = byhand.plan_scattered(statement, parameters or None, options)

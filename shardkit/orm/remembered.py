@@ -31,7 +31,7 @@ def _configured(mapper: Mapper[Any], class_: type[Any]) -> None:
         return
     try:
         name = shard_key_attribute(mapper)
-        held = any(column is declare.key_column(table) for column in table.primary_key.columns)
+        held = any(mapper.get_property_by_column(column).key == name for column in mapper.primary_key)
     except DeclarationError:  # told where the class is used
         return
     if held:
@@ -48,11 +48,13 @@ def _configured(mapper: Mapper[Any], class_: type[Any]) -> None:
     event.listen(mapper, "after_insert", lambda _mapper, _connection, instance: remember(instance))
 
 
-def bound(statement: Executable, options: Mapping[str, Any]) -> Executable:
-    """The statement; if it refreshes an instance whose shard key is remembered, with a condition on that."""
-    load = options.get(REFRESHING)
-    state: InstanceState[Any] | None = getattr(load, "_refresh_state", None)
+def bound(statement: Executable, options: Mapping[str, Any]) -> Executable | None:
+    """The statement with a condition on the remembered shard key of the instance that it refreshes, if it does.
+
+    Where it finds no row, there may be one of another shard key.
+    """
+    state: InstanceState[Any] | None = getattr(options.get(REFRESHING), "_refresh_state", None)
     if state is None or _INFO not in state.info or not isinstance(statement, Select):
-        return statement
+        return None
     attribute = getattr(state.class_, shard_key_attribute(class_mapper(state.class_)))
     return statement.where(attribute == state.info[_INFO])

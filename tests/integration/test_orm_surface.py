@@ -132,6 +132,32 @@ def test_an_expired_key_is_not_forgotten_by_a_commit(twins: Twins, in_shards: In
     in_shards(work)
 
 
+def test_a_row_that_was_inserted_again_under_another_key(same: Same) -> None:
+    """It is the same object: its primary key is."""
+
+    def work(session: Any) -> Any:
+        table = File.metadata.tables["file"]
+        file = session.scalars(select(File).where(File.user_id == WITH_POSTS).order_by(File.name)).first()
+        found = []
+        for key in (4, 9, 30):
+            session.execute(table.delete().where(table.c.id == file.id, table.c.user_id == file.user_id))
+            session.execute(table.insert().values(id=file.id, user_id=key, name=f"of {key}"))
+            if key == 9:
+                session.refresh(file)
+            else:
+                session.expire(file)
+                assert session.get(File, file.id) is file
+            found.append((file.user_id, file.name))
+            file.size = key
+            session.flush()
+        session.execute(table.delete().where(table.c.user_id == 30))
+        session.expire(file)
+        identity = inspect(file).identity
+        return [*found, session.get(File, identity[0])]
+
+    same(work, mode="best_effort")
+
+
 LOADERS: dict[str, tuple[Any, int]] = {
     "lazy": ([], 1 + 3),
     "selectin": ([selectinload(User.posts).selectinload(Post.tags), selectinload(User.files)], 1 + 3),
