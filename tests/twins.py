@@ -89,6 +89,21 @@ class Owned:
     user_id: Mapped[int] = mapped_column(BigInteger)
 
 
+visits = Table(
+    "visit",
+    Base.metadata,
+    Column(
+        "user_id",
+        BigInteger,
+        ForeignKey("User.id", ondelete="CASCADE"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("code", String, ForeignKey("country.code"), primary_key=True),
+    info={"shardkit": {"sharded_by": "user_id"}},
+)
+
+
 @shardkit.sharded(by="id")
 class User(Base):
     __tablename__ = "User"  # a name that has to be quoted
@@ -102,6 +117,9 @@ class User(Base):
     country: Mapped[Country | None] = relationship()
     setting: Mapped[Setting | None] = relationship(
         primaryjoin="foreign(User.setting_id) == Setting.id", viewonly=True
+    )
+    visited: Mapped[list[Country]] = relationship(
+        secondary=visits, order_by=Country.code, passive_deletes=True
     )
     posts: Mapped[list[Post]] = relationship(
         back_populates="user", order_by="Post.id", cascade="all, delete-orphan", passive_deletes=True
@@ -213,6 +231,8 @@ def rows() -> Iterator[tuple[Table, dict[str, Any]]]:
                 "setting_id": 1 if place % 5 == 0 else None,
             },
         )
+        for code in ("at", "de", "fr")[: place % 4]:
+            yield visits, {"user_id": key, "code": code}
         for number in range(1, 3):
             yield tables["tag"], {"user_id": key, "id": number, "label": "xy"[number - 1]}
         for number in range(place % 4):

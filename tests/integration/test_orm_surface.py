@@ -435,6 +435,37 @@ def test_an_association_table(twins: Twins, same: Same) -> None:
     same(work)
 
 
+def test_an_association_with_a_reference_table(twins: Twins, same: Same) -> None:
+    """The links are on the shard of their user; what they lead to is on each."""
+
+    def work(session: Any) -> Any:
+        user = session.get_one(User, 8)
+        italy = session.get_one(Country, "it")
+        with counting(session) as sent:
+            user.visited.append(italy)
+            user.visited.remove(user.visited[0])
+            session.flush()
+            session.expire(user)
+            found = [user.visited]
+            assert sent is None or set(sent.shards()) == {twins.owner(8)}
+        for loader in (selectinload, joinedload, subqueryload):
+            session.expunge_all()
+            people = session.scalars(select(User).order_by(User.id).options(loader(User.visited))).unique()
+            found.append([[user.id, user.visited] for user in people])
+        found.append(
+            session.execute(
+                select(Country.code, func.count())
+                .join(User.visited)
+                .group_by(Country.code)
+                .order_by(Country.code)
+            ).all()
+        )
+        found.append(sorted(session.scalars(select(User.id).where(User.visited.any(Country.code == "it")))))
+        return found
+
+    same(work)
+
+
 def test_links_to_another_key_are_refused_by_the_foreign_key(same: Same) -> None:
     """One key a row: a link between two keys names a row that is not there, on shards and on one database."""
 
