@@ -9,13 +9,13 @@ from typing import Any
 
 import psycopg
 
-from shardkit.core.errors import ShardUnreachable
+from shardkit.core.errors import ShardkitError, ShardUnreachable
 from shardkit.core.move import FINAL
 from shardkit.core.placement import plan
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import claims, fence, indoubt, inspection, migrate, references, tables
+from shardkit.storage import claims, fence, indoubt, inspection, migrate, references, replicas, tables
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
@@ -398,6 +398,27 @@ def _home_table(view: View, table: HomeTable) -> Iterator[Finding]:
         yield view.ok("tables", f"{table} {table.description}")
 
 
+def _replicas(view: View) -> Iterator[Finding]:
+    for url in view.shard.replicas:
+        try:
+            with replicas.connect(view.shard, url) as connection:
+                replicas.check(view.catalog, view.shard, url, connection)
+                found = replicas.condition(view.shard, view.connection, connection)
+        except ShardkitError as error:
+            todo = f"Mend it, or `shardkit shard replica {view.shard.name} URL --remove`."
+            yield view.problem("replica", error.message, todo)
+            continue
+        behind = f"{redacted(url)}, {found.bytes_behind:,} bytes behind"
+        if found.shows_fence or view.at_work:
+            yield view.ok("replica", behind)
+        else:
+            yield view.problem(
+                "replica",
+                f"{behind}, and does not show {view.shard.fence.relation}",
+                "Until it has replayed the last move there, nothing is read from it: see that its replay goes on.",
+            )
+
+
 CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
     ("server", _server),
     ("identity", _identity),
@@ -407,4 +428,5 @@ CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
     ("leftovers", _leftovers),
     ("transactions", _transactions),
     ("tables", _tables),
+    ("replica", _replicas),
 )

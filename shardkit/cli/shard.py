@@ -1,4 +1,4 @@
-"""`shardkit shard`: add, list."""
+"""`shardkit shard`: add, list; `replica` is in a module of its own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from .models import METAVAR, Provisional, load
 from .options import AsJson, CatalogUrl, Parallel, Patience, Yes, one_of
 from .output import narrate, next_step, percent, show, table
 from .reach import Lent
+from .replica import replica
 from .running import PARALLEL, PATIENCE, carry
 
 
@@ -89,6 +90,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="The PostgreSQL databases that hold the keys.", no_args_is_help=True)
     group.command("add")(add)
     group.command("list")(list_)
+    group.command("replica")(replica)
     app.add_typer(group, name="shard")
 
 
@@ -198,7 +200,9 @@ def _join(catalog: Catalog, newcomer: Newcomer) -> None:
         except MoveWaiting as error:
             current = catalog.current()
             if current is None or all(shard.name != newcomer.name for shard in current.shards):
-                raise MoveWaiting(error.message, hint="End what holds the fence, then run it again.") from error
+                raise MoveWaiting(
+                    error.message, hint="End what holds the fence, then run it again."
+                ) from error
             raise MoveWaiting(
                 f"Shard {newcomer.name} has joined and owns nothing yet. {error.message}",
                 hint="End what holds the fence, then `shardkit rebalance run`.",
@@ -235,7 +239,7 @@ def _show_added(
 
 
 def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
-    """Show the shards: weight, share of the ring, arcs, database."""
+    """Show the shards: weight, share of the ring, arcs, database, and their replicas."""
     with Catalog.open(catalog) as opened:
         topology = opened.current()
         todo = jobs.next_step(opened, topology)
@@ -243,10 +247,10 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 
     def draw(console: Console) -> None:
         numbers = ("weight", "slots", "share", "arcs")
-        rows = [
-            [e["name"], e["weight"], e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]]
-            for e in entries
-        ]
+        rows = []
+        for e in entries:
+            rows.append([e["name"], e["weight"], e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]])
+            rows += [["", None, None, None, None, f"replica {url}"] for url in e["replicas"]]
         console.print(table(("shard", *numbers, "database"), rows, right=numbers))
         next_step(console, todo)
 
@@ -255,7 +259,8 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 
 
 def describe(topology: Topology) -> list[dict[str, Any]]:
-    """The shards as documents: ``id``, ``name``, ``url``, ``weight``, ``slots``, ``arcs``, ``arcs_in_transit``."""
+    """The shards as documents: ``id``, ``name``, ``url``, ``weight``, ``slots``, ``arcs``, ``arcs_in_transit``,
+    ``replicas``."""
     return [
         {
             "id": shard.id,
@@ -265,6 +270,7 @@ def describe(topology: Topology) -> list[dict[str, Any]]:
             "slots": plans.slots(topology.owned(shard.id)),
             "arcs": len(topology.owned(shard.id)),
             "arcs_in_transit": len(shard.in_transit),
+            "replicas": [redacted(url) for url in shard.replicas],
         }
         for shard in topology.shards
     ]

@@ -243,6 +243,20 @@ class CrossShardWrite(Refused):
     """
 
 
+class NoReplica(Refused):
+    """This shard lists no such replica.
+
+    `shardkit shard replica NAME URL` lists one; read_from="prefer_replica" does without where there is none.
+    """
+
+
+class ReplicaReadOnly(Refused):
+    """This statement writes, and replicas are only read.
+
+    Send it without read_from: writes go to the shard itself.
+    """
+
+
 class UnguardedStatement(Refused):
     """A statement was about to run on a shard outside a guarded transaction.
 
@@ -374,6 +388,13 @@ class ShardUnreachable(RetryLater):
     """A shard does not answer.
 
     Check the server and the URL of the shard; keys of other shards are not affected.
+    """
+
+
+class ReplicaBehind(RetryLater):
+    """The replicas of a shard have not yet replayed the last move there, so their rows would be those of another ring.
+
+    Try again, or read from the shard itself; `shardkit doctor` shows how far each replica is behind.
     """
 
 

@@ -102,6 +102,7 @@ class Shard:
     """One PostgreSQL database with a name.
 
     ``url`` never holds a password. ``in_transit`` are arcs whose rows may exist here though they are not owned.
+    ``replicas`` are the URLs of its physical standbys that applications may read from.
     """
 
     id: int
@@ -110,6 +111,7 @@ class Shard:
     fence: Fence
     weight: int = 100
     in_transit: ArcSet = field(default_factory=ArcSet)
+    replicas: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class Topology:
             return "tokens are not strictly increasing"
         if not set(self.owners) <= set(ids):
             return "an owner is no shard"
+        if twice := [s.name for s in self.shards if len({s.url, *s.replicas}) <= len(s.replicas)]:
+            return f"shard {twice[0]} lists a replica twice, or itself"
         if any(shard.in_transit & self.owned(shard.id) for shard in self.shards):
             return "an arc is owned and in transit on one shard"
         qualified = [(table.schema, table.name) for table in (*self.tables, *self.whole)]
@@ -347,13 +351,18 @@ class Topology:
             whole=tuple(table for table in ordered if not isinstance(table, ShardedTable)),
         )
 
+    def with_replicas(self, version: int, shard_id: int, urls: Iterable[str]) -> Self:
+        """The replicas of a shard are these. No fence changes: what a shard owns is the same."""
+        shard = replace(self.by_id[shard_id], replicas=tuple(urls))
+        return self._next(version, [], shards=self._with_shard(shard))
+
     # --- JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         """The topology as JSON values; `from_json` is the exact inverse.
 
-        What there is none of is left out, so that a topology without reference and home tables is written, and has
-        the digest, as before there were any."""
+        What there is none of is left out, so that a topology without reference and home tables and without replicas
+        is written, and has the digest, as before there were any."""
         references = [[table.schema, table.name] for table in self.references]
         homes = [[table.schema, table.name, table.shard] for table in self.homes]
         return {
@@ -366,6 +375,7 @@ class Topology:
                     "weight": shard.weight,
                     "fence": [shard.fence.version, shard.fence.digest],
                     "in_transit": [list(arc) for arc in shard.in_transit],
+                    **({"replicas": list(shard.replicas)} if shard.replicas else {}),
                 }
                 for shard in self.shards
             ],
@@ -388,6 +398,7 @@ class Topology:
                     _fence(*listed(entry["fence"])),
                     whole(entry["weight"]),
                     ArcSet(Arc(whole(first), whole(last)) for first, last in listed(entry["in_transit"])),
+                    tuple(map(text, listed(entry.get("replicas", [])))),
                 )
                 for entry in listed(document["shards"])
             )

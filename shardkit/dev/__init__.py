@@ -9,5 +9,6 @@ if sys.platform == "win32":
 
 from shardkit.dev.binaries import Binaries, find_binaries
 from shardkit.dev.cluster import Cluster, Clusters
+from shardkit.dev.standby import Standby
 
-__all__ = ["Binaries", "Cluster", "Clusters", "find_binaries"]
+__all__ = ["Binaries", "Cluster", "Clusters", "Standby", "find_binaries"]

@@ -74,10 +74,13 @@ class Cluster:
         try:
             self.binaries = self._workspace.runnable(found)
             self.settings = {**default_settings(found.major), **(settings or {})}
-            self._workspace.make_data_folder(self.binaries, self.data_dir)
+            self._make_data_folder()
         except BaseException:
             self.close()
             raise
+
+    def _make_data_folder(self) -> None:
+        self._workspace.make_data_folder(self.binaries, self.data_dir)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "running" if self.running else "stopped"

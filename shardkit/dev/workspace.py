@@ -110,6 +110,15 @@ class Workspace:
         renew_identifier(target)
         self._run_as_server(binaries.folder / "pg_resetwal", target)
 
+    def make_standby_folder(self, binaries: Binaries, target: Path, primary: str) -> None:
+        """Make `target` the data directory of a standby: a base backup of the running server at a conninfo."""
+        self._make_for_server(target)
+        options = ("-d", primary, "-X", "stream", "-c", "fast", "--no-sync")
+        self._run_as_server(binaries.folder / "pg_basebackup", "-D", target, *options)
+        signal_file = target / "standby.signal"
+        signal_file.touch(mode=0o600)
+        give(signal_file, self.user)
+
     def runnable(self, binaries: Binaries) -> Binaries:
         """`binaries`, or a private copy where the server's user cannot reach them.
 

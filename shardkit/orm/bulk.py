@@ -14,7 +14,7 @@ from sqlalchemy.engine import Result
 
 from shardkit.core.errors import ReferenceDiffers
 
-from . import replicated
+from . import replicas, replicated
 from .gather import Interleaved, Rows, Same, gather
 from .whole import EveryShardPlan
 
@@ -43,6 +43,7 @@ def execute(
     if execution_options.get("autoflush", True):
         session._autoflush()
     plan = session.cluster.planner.plan(statement, parameters, execution_options)
+    replicas.refuse_write(replicas.wanted({**statement._execution_options, **execution_options}))
     route = session.provision(plan)
     if isinstance(plan, EveryShardPlan):
         replicated.lock(session, plan.target, route.shards)

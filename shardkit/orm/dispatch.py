@@ -22,7 +22,7 @@ from sqlalchemy.util.concurrency import await_, greenlet_spawn
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
-from . import byhand, partial, remembered, replicated, scatterpolicy
+from . import byhand, partial, remembered, replicas, replicated, scatterpolicy
 from .prepared import NOW
 from .routing import Parameters, Plan, Route, ShardPart
 from .whole import EveryShardPlan
@@ -30,7 +30,9 @@ from .whole import EveryShardPlan
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
+    from .plan import Plan
     from .session import ShardSession
+    from .transaction import ShardTransaction
 
 _Work = Callable[[], CursorResult[Any]]
 _CANCEL_SECONDS = 5.0
@@ -123,17 +125,29 @@ class Dispatch:
             plan = session.cluster.planner.plan(statement, parameters or None, options)
         if plan.everywhere:
             scatterpolicy.met(statement, plan.reason, options.get(scatterpolicy.SCATTER, session.scatter))
-        route = session.provision(plan, partial.wanted(options))
+        given = ShardPart(statement, parameters)
+        read_from = replicas.wanted(options) if replicas.READ_FROM in options else "primary"
+        if read_from == "primary":
+            return self._run(plan, given, options, session.shards)
+        if statement.is_dml:
+            replicas.refuse_write(read_from)
+        readers = session.replicas(read_from)
+        return readers.repeated(lambda: self._run(plan, given, options, readers))
+
+    def _run(
+        self, plan: Plan, given: ShardPart, options: Mapping[str, Any], shards: ShardTransaction
+    ) -> CursorResult[Any]:
+        session = self._session
+        route = session.provision(plan, partial.wanted(options), shards)
         if plan.writes:
             options = {**options, WRITES: True}
         if route.merge is None:
             ((shard_id, part),) = route.shards.items()
-            connection = session.shards.connection(shard_id)
+            connection = shards.connection(shard_id)
             return connection.execute(part.statement, part.parameters, execution_options=options)
         if isinstance(plan, EveryShardPlan):
             return replicated.execute(session, plan.target, route, options)
-        given = ShardPart(statement, parameters)
-        return self._on_several(route, given, options, one_first=plan.one_first)
+        return self._on_several(route, given, options, shards, one_first=plan.one_first)
 
     def scalar(
         self,
@@ -146,11 +160,17 @@ class Dispatch:
         return self.execute(statement, parameters, execution_options=execution_options).scalar()
 
     def _on_several(
-        self, route: Route, given: ShardPart, options: Mapping[str, Any], *, one_first: bool
+        self,
+        route: Route,
+        given: ShardPart,
+        options: Mapping[str, Any],
+        shards: ShardTransaction,
+        *,
+        one_first: bool,
     ) -> CursorResult[Any]:
         session = self._session
         # Connections are had here, one after the other: a session's transaction is not for several threads.
-        connections = {shard_id: session.shards.connection(shard_id) for shard_id in route.shards}
+        connections = {shard_id: shards.connection(shard_id) for shard_id in route.shards}
         sent = {name: value for name, value in options.items() if name not in ("stream_results", "yield_per")}
         if route.streamed:
             sent["stream_results"] = True

@@ -18,16 +18,17 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
 from shardkit.core.ring import position
-from shardkit.core.topology import DeclaredTable
+from shardkit.core.topology import DeclaredTable, Topology
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
-from . import bulk, partial, replicated
+from . import bulk, partial, replicas, replicated
 from .byhand import vet_named
 from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
 from .keys import instance_position
+from .replicas import ReadFrom, ReplicaTransaction
 from .routing import Plan, Route
 from .scatterpolicy import Policy, check_policy
 from .transaction import ShardTransaction
@@ -87,6 +88,7 @@ class ShardSession(Session):
         self.scatter = check_policy(scatter)
         self._everywhere = _Everywhere(self)
         self._shards: ShardTransaction | None = None
+        self._replicas: ReplicaTransaction | None = None
         self._pinned: Engine | None = None
 
     # --- the transaction -------------------------------------------------------------------------------------------
@@ -98,12 +100,21 @@ class ShardSession(Session):
             self._shards = ShardTransaction(self)
         return self._shards
 
-    def provision(self, plan: Plan, missing: partial.Missing = None) -> Route:
+    def replicas(self, read_from: ReadFrom) -> ReplicaTransaction:
+        """The same for reads that may be old."""
+        if self._replicas is None:
+            self._replicas = ReplicaTransaction(self)
+        self._replicas.or_primary = read_from == "prefer_replica"
+        return self._replicas
+
+    def provision(
+        self, plan: Plan, missing: partial.Missing = None, shards: ShardTransaction | None = None
+    ) -> Route:
         """Hold every shard of a planned statement; where it runs. A read can leave shards out that do not answer, and
         reports them by ``missing`` (`orm.partial`)."""
         if isinstance(plan, EveryShardPlan):
             replicated.admit(self.mode, plan.target)
-        shards = self.shards
+        shards = shards or self.shards
         away: dict[int, ShardUnreachable] = {}
         route = shards.provision(
             lambda topology: plan.route(topology, prefer=shards.scope.participants),
@@ -150,6 +161,7 @@ class ShardSession(Session):
         key: Any = None,
         shard: str | None = None,
         scatter: bool = False,
+        read_from: ReadFrom | None = None,
         **_: Any,
     ) -> Any:
         """For SQLAlchemy: the engine that is pinned or named, else a place that routes each statement."""
@@ -161,9 +173,8 @@ class ShardSession(Session):
             if scatter or (key is not None and shard is not None):
                 raise UsageError("bind_arguments name one of key, shard and scatter.")
             vet_named(clause)
-            return (
-                self.provision_position(position(key)) if shard is None else self._provision_named(shard)
-            ).engine
+            source = replicas.checked(read_from or replicas.wanted(getattr(clause, "_execution_options", None)))
+            return self._provision_asked(key, shard, source).engine
         if scatter:
             return _Everywhere(self, by_hand=True)
         if clause is not None or mapper is None:  # unions and their like come without a clause
@@ -184,13 +195,16 @@ class ShardSession(Session):
         *,
         key: Any = None,
         shard: str | None = None,
+        read_from: ReadFrom | None = None,
     ) -> Connection:
         """The connection, in this transaction and behind its fence, to the shard of a key or of a name.
 
         What is executed on it is not routed: it sees every row of that shard, those in transit too. The options count
-        where the connection is opened by this call.
+        where the connection is opened by this call. ``read_from`` "replica" or "prefer_replica" gives one to a replica,
+        read-only, in a snapshot of its own.
         """
         arguments = dict(bind_arguments or {})
+        source = replicas.checked(arguments.pop("read_from", read_from) or replicas.wanted(execution_options))
         key, shard = arguments.pop("key", key), arguments.pop("shard", shard)
         if arguments.get("bind") is not None:
             _refuse_bind()
@@ -198,21 +212,30 @@ class ShardSession(Session):
             if "engine" not in arguments:
                 _refuse_unnamed("This")
             return super().connection(arguments, execution_options)
-        shards = self.shards
+        shards = self.shards if source == "primary" else self.replicas(source)
         known = frozenset(shards.scope.participants)
         shards.options = execution_options
         try:
-            found = self._provision_named(shard) if key is None else self.provision_position(position(key))
+            found = self._provision_asked(key, shard, source)
         finally:
             shards.options = None
         if execution_options and known >= shards.scope.participants.keys():
             super().connection({"engine": found.engine}, execution_options)  # warns that they are ignored
         return found
 
-    def _provision_named(self, name: str) -> Connection:
-        shards = self.shards
-        (shard_id,) = shards.provision(lambda topology: OneShard(topology.named(name).id)).shards
-        return shards.connection(shard_id)
+    def _provision_asked(self, key: Any, name: str | None, read_from: ReadFrom) -> Connection:
+        """The connection to the shard of a key, or of a name where there is no key."""
+        at = None if key is None else position(key)
+
+        def route(topology: Topology) -> OneShard:
+            return OneShard(topology.named(str(name)).id if at is None else topology.ring.owner_at(at))
+
+        if read_from == "primary":
+            (shard_id,) = self.shards.provision(route).shards
+            return self.shards.connection(shard_id)
+        readers = self.replicas(read_from)
+        (shard_id,) = readers.provision(route).shards
+        return readers.lent(shard_id)
 
     @property
     def connection_callable(self) -> Any:  # type: ignore[override]
@@ -316,7 +339,7 @@ def _route_associations(session: ShardSession, transaction: SessionTransaction) 
 @event.listens_for(ShardSession, "after_transaction_end")
 def _forget(session: ShardSession, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
-        session._shards = None
+        session._shards = session._replicas = None
 
 
 class ShardAsyncSession(AsyncSession):
@@ -332,6 +355,7 @@ class ShardAsyncSession(AsyncSession):
         *,
         key: Any = None,
         shard: str | None = None,
+        read_from: ReadFrom | None = None,
         **options: Any,
     ) -> AsyncConnection:
         """As on the sync session."""
@@ -339,4 +363,6 @@ class ShardAsyncSession(AsyncSession):
             bind_arguments = {**(bind_arguments or {}), "key": key}
         if shard is not None:
             bind_arguments = {**(bind_arguments or {}), "shard": shard}
+        if read_from is not None:
+            bind_arguments = {**(bind_arguments or {}), "read_from": read_from}
         return await super().connection(bind_arguments, execution_options, **options)

@@ -24,6 +24,7 @@ from shardkit.core.topology import DeclaredTable, Shard, Topology
 from shardkit.storage.dialect import behind
 from shardkit.storage.guard import Guard, GuardedAsyncConnection, GuardedConnection, StaleFence
 from shardkit.storage.scope import Participant, Scope
+from shardkit.storage.snapshots import Source
 
 from .declared import declares
 
@@ -92,7 +93,7 @@ class ShardTransaction:
         away: dict[int, ShardUnreachable] | None,
     ) -> R:
         topology = self.topology or self._cluster.router.topology
-        waiting = _Waiting(self._engines.pause, self._cluster.settle_seconds)
+        waiting = Waiting(self._engines.pause, self._cluster.settle_seconds)
         while True:
             if not declares(topology, tables):
                 topology = self._declaring(topology, tables)
@@ -108,7 +109,7 @@ class ShardTransaction:
                         self._open_or_note(topology.by_id[shard_id], topology, waiting, away)
             except StaleFence as stale:
                 topology = self._after(stale, topology, waiting)
-            except _Moved as moved:
+            except Moved as moved:
                 topology = moved.topology
             else:
                 self.topology = topology
@@ -154,7 +155,7 @@ class ShardTransaction:
 
     # --- holding ---------------------------------------------------------------------------------------------------
 
-    def _hold_opened(self, topology: Topology, waiting: _Waiting) -> None:
+    def _hold_opened(self, topology: Topology, waiting: Waiting) -> None:
         """Rule R: every shard that is open holds the fence that ``topology`` names."""
         for participant in list(self.scope.participants.values()):
             shard = topology.by_id.get(participant.shard_id)
@@ -170,12 +171,12 @@ class ShardTransaction:
                 f"Shard {participant.shard_name} left the cluster while this transaction had it open.",
                 shard=participant.shard_name,
             )
-        self._run(_raw(participant).rollback())
-        _raw(participant).left()
+        self._run(raw_of(participant).rollback())
+        raw_of(participant).left()
         del self.scope.participants[participant.shard_id]
 
-    def _hold_also(self, participant: Participant, shard: Shard, waiting: _Waiting) -> None:
-        raw = _raw(participant)
+    def _hold_also(self, participant: Participant, shard: Shard, waiting: Waiting) -> None:
+        raw = raw_of(participant)
         guard = self._guard(shard, waiting)
         if participant.sent:
             self._run(raw.lock_more(guard))
@@ -183,7 +184,7 @@ class ShardTransaction:
             self._run(raw.rebegin(guard))
 
     def _open_or_note(
-        self, shard: Shard, topology: Topology, waiting: _Waiting, away: dict[int, ShardUnreachable] | None
+        self, shard: Shard, topology: Topology, waiting: Waiting, away: dict[int, ShardUnreachable] | None
     ) -> None:
         try:
             self._open(shard, topology, waiting)
@@ -192,7 +193,7 @@ class ShardTransaction:
                 raise
             away[shard.id] = error
 
-    def _open(self, shard: Shard, topology: Topology, waiting: _Waiting) -> None:
+    def _open(self, shard: Shard, topology: Topology, waiting: Waiting) -> None:
         """Begin on a shard, behind its fence, in the outermost transaction; `ShardUnreachable` at once where it has not
         answered for some time."""
         breaker = self._engines.breaker(shard)
@@ -202,13 +203,13 @@ class ShardTransaction:
         except StaleFence:
             breaker.succeeded()
             raise
-        except _Away as away:
+        except Away as away:
             breaker.failed()
             newer = self._cluster.router.without(shard, topology.version, self._engines)
             if newer is not None:
-                raise _Moved(newer) from away.error
+                raise Moved(newer) from away.error
             raise ShardUnreachable(
-                f"Shard {shard.name} does not answer: {_first_line(away.error.orig)}", shard=shard.name
+                f"Shard {shard.name} does not answer: {first_line(away.error.orig)}", shard=shard.name
             ) from away.error
         except ShardUnreachable:  # lost while the engine got to know it
             breaker.failed()
@@ -218,12 +219,12 @@ class ShardTransaction:
             raise
         breaker.succeeded()
 
-    def _begin(self, shard: Shard, waiting: _Waiting) -> None:
-        engine = self._engines.shard(shard)
+    def _begin(self, shard: Shard, waiting: Waiting, source: Source | None = None) -> None:
+        engine = self._engines.shard(shard) if source is None else self._engines.reader(shard, source)
         fresh = False
         while True:
             try:
-                with behind(self._guard(shard, waiting)):
+                with behind(self._guard(shard, waiting, source)):
                     self._opened[shard.id] = self._session.root_connection(engine, self.options)
                 return
             except DBAPIError as error:
@@ -233,17 +234,17 @@ class ShardTransaction:
                     continue
                 if not _is_unreachable(error):
                     raise
-                raise _Away(error) from error
+                raise Away(error) from error
 
-    def _guard(self, shard: Shard, waiting: _Waiting) -> Guard:
-        return Guard(self._engines.identity(shard), shard.fence, self.scope, waiting.deadline)
+    def _guard(self, shard: Shard, waiting: Waiting, source: Source | None = None) -> Guard:
+        return Guard(self._engines.identity(shard), shard.fence, self.scope, waiting.deadline, source)
 
     def _run(self, outcome: Any) -> None:
         self._engines.run(outcome)
 
     # --- a stale fence ---------------------------------------------------------------------------------------------
 
-    def _after(self, stale: StaleFence, topology: Topology, waiting: _Waiting) -> Topology:
+    def _after(self, stale: StaleFence, topology: Topology, waiting: Waiting) -> Topology:
         """What to try next: a newer topology, or the same again where the router is ahead of the shard."""
         newer = self._cluster.router.newer_than(topology.version, self._engines, stale.copy)
         if newer is not None:
@@ -253,21 +254,21 @@ class ShardTransaction:
         return topology
 
 
-class _Moved(Exception):
+class Moved(Exception):
     """A shard does not answer, and a newer topology is known."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
 
 
-class _Away(Exception):
+class Away(Exception):
     """A shard does not answer."""
 
     def __init__(self, error: DBAPIError) -> None:
         self.error = error
 
 
-class _Waiting:
+class Waiting:
     """The patience of one provisioning. The clock starts with the first obstacle."""
 
     def __init__(self, pause: Callable[[float], None], seconds: float) -> None:
@@ -302,7 +303,7 @@ class _Waiting:
         self._next = min(self._next * 2, _LONGEST_PAUSE)
 
 
-def _raw(participant: Participant) -> GuardedConnection | GuardedAsyncConnection:
+def raw_of(participant: Participant) -> GuardedConnection | GuardedAsyncConnection:
     return cast("GuardedConnection | GuardedAsyncConnection", participant)
 
 
@@ -315,5 +316,5 @@ def _is_unreachable(error: DBAPIError) -> bool:
     return state is None or state.startswith(("08", "57P"))
 
 
-def _first_line(error: BaseException | None) -> str:
+def first_line(error: BaseException | None) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

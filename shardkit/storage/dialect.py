@@ -29,6 +29,7 @@ from shardkit.core.errors import (
     CommitUnknown,
     IncompatibleServer,
     PartlyCommitted,
+    ReplicaReadOnly,
     ShardkitError,
     ShardUnreachable,
     UnguardedStatement,
@@ -81,7 +82,14 @@ class _Context(PGExecutionContext_psycopg):
 
     def pre_exec(self) -> None:
         raw = cast(_GuardedDialect, self.dialect)._raw(self.root_connection.connection)
-        if raw.scope is not None and self._writes():
+        if raw.source is not None:
+            if self._is_dml():
+                raise ReplicaReadOnly(
+                    f"This statement writes, and would have been sent to the {raw.source} of shard "
+                    f"{raw.shard_name}.",
+                    shard=raw.shard_name,
+                )
+        elif raw.scope is not None and self._writes():
             raw.scope.admit_write(raw)
         super().pre_exec()  # type: ignore[no-untyped-call]
 
@@ -91,7 +99,11 @@ class _Context(PGExecutionContext_psycopg):
         marked = self.execution_options.get(WRITES)
         if marked is not None:
             return bool(marked)
-        if self.compiled is None or self.is_text:
+        return self.compiled is None or self.is_text or self._is_dml()
+
+    def _is_dml(self) -> bool:
+        """Whether it shows that it writes; text and functions do not."""
+        if self.isinsert or self.isupdate or self.isdelete:
             return True
         return any(cte.element.is_dml for cte in getattr(self.compiled, "ctes", None) or ())
 
@@ -146,6 +158,8 @@ class _GuardedDialect(AnsweringDialect):
     def _end(self, dbapi_connection: Any, raw: Any) -> None:
         if raw.ended:
             raw.left()
+        elif raw.source is not None:
+            self._end_snapshot(dbapi_connection, raw)
         elif raw.scope is not None and raw.scope.failed:
             raise _failed()
         elif raw.scope is None:
@@ -156,6 +170,13 @@ class _GuardedDialect(AnsweringDialect):
             raw.left()
         else:
             self._end_writer(dbapi_connection, raw, raw.scope)
+
+    def _end_snapshot(self, dbapi_connection: Any, raw: Any) -> None:
+        """COMMIT on a replica. It was read as of one moment, so losing it now takes nothing back, and must not make an
+        error of a transaction whose writer is committed already."""
+        with _lost_is_ended(dbapi_connection, raw):
+            self._run(raw.commit())
+        raw.left()
 
     def _end_reader(self, reader: Any) -> None:
         """COMMIT where nothing was written; `ShardUnreachable` if the shard was lost: what was read from it may not
@@ -224,6 +245,10 @@ class _GuardedDialect(AnsweringDialect):
         if raw.closed:
             # Nothing is left to roll back; the pool must not have it again.
             dbapi_connection.invalidate()
+        elif raw.source is not None:
+            # A replica ends connections that are in the way of its replay, and this is how one learns of it.
+            with _lost_is_ended(dbapi_connection, raw):
+                super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
         else:
             super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
         if raw.scope is not None:
@@ -242,6 +267,17 @@ class _GuardedDialect(AnsweringDialect):
             if self.shard is not None:
                 _check_hash(connection, self.shard)
                 _check_identity(connection, self.shard)
+
+
+@contextmanager
+def _lost_is_ended(dbapi_connection: Any, raw: Any) -> Iterator[None]:
+    """A connection that is lost at the end of a transaction that wrote nothing is no error; the pool forgets it."""
+    try:
+        yield
+    except psycopg.Error:
+        if not raw.closed:
+            raise
+        dbapi_connection.invalidate()
 
 
 def _failed() -> psycopg.Error:

@@ -1,4 +1,4 @@
-"""Engines of an application: one pool a shard, guarded, and one for the catalog.
+"""Engines of an application: one pool a shard and replica, guarded, and one for the catalog.
 
 `Engines` makes them when first asked for, sync or async; both kinds are driven through SQLAlchemy's sync facade, the
 async one inside SQLAlchemy's greenlets. It reads topologies for the router, and never writes.
@@ -7,10 +7,11 @@ async one inside SQLAlchemy's greenlets. It reads topologies for the router, and
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -28,6 +29,7 @@ from shardkit.core.topology import Shard, Topology
 from .breaker import FAILURES, SECONDS, Breaker
 from .dialect import DRIVER, READ_IDENTITY, unfenced
 from .identity import ShardIdentity
+from .snapshots import Source
 from .topologies import READ_COPY, READ_CURRENT
 from .urls import sqlalchemy_url
 
@@ -59,36 +61,59 @@ class Engines:
         self._cluster = cluster
         self._options = dict(options or {})
         self._shards: dict[tuple[int, str], Engine] = {}
+        self._readers: dict[tuple[int, str], Engine] = {}
+        self._turns = itertools.count()
         self._catalog: Engine | None = None
         self._lock = threading.Lock()
 
     def shard(self, shard: Shard) -> Engine:
         """The engine of a shard; one for each URL that it has had."""
-        known = self._shards.get((shard.id, shard.url))
+        return self._engine(shard, shard.url, f"Shard {shard.name}")
+
+    def _engine(self, shard: Shard, url: str, called: str) -> Engine:
+        known = self._shards.get((shard.id, url))
         if known is not None:
             return known
         with self._lock:
-            known = self._shards.get((shard.id, shard.url))
+            known = self._shards.get((shard.id, url))
             if known is None:
-                known = self._shards[shard.id, shard.url] = self._make(shard)
+                known = self._shards[shard.id, url] = self._make(shard, url, called)
         return known
 
-    def breaker(self, shard: Shard) -> Breaker:
-        """The breaker of a shard; one for each URL that it has had."""
-        known = self._breakers.get((shard.id, shard.url))
+    def sources(self, shard: Shard) -> list[Source]:
+        """The replicas of a shard, each time another one first."""
+        listed = [Source(url, is_replica=True) for url in shard.replicas]
+        first = next(self._turns) % len(listed) if listed else 0
+        return listed[first:] + listed[:first]
+
+    def reader(self, shard: Shard, source: Source) -> Engine:
+        """The engine for reads that may be old. On the shard itself it has the same pool, and is another to a session,
+        so that these reads are transactions of their own."""
+        if source.is_replica:
+            return self._engine(shard, source.url, f"The {source} of shard {shard.name}")
+        known = self._readers.get((shard.id, source.url))
+        if known is None:
+            known = self._readers.setdefault((shard.id, source.url), self.shard(shard).execution_options())
+        return known
+
+    def breaker(self, shard: Shard, source: Source | None = None) -> Breaker:
+        """The breaker of a shard, or of one of its replicas; one for each URL that it has had."""
+        url = shard.url if source is None else source.url
+        known = self._breakers.get((shard.id, url))
         if known is None:
             # Of several threads that make one, one wins: setdefault is atomic.
-            made = Breaker(shard.name, failures=self._breaker_failures, seconds=self._breaker_seconds)
-            known = self._breakers.setdefault((shard.id, shard.url), made)
+            name = shard.name if url == shard.url else f"{shard.name} ({source})"
+            made = Breaker(name, failures=self._breaker_failures, seconds=self._breaker_seconds)
+            known = self._breakers.setdefault((shard.id, url), made)
         return known
 
     def identity(self, shard: Shard) -> ShardIdentity:
         """What the database of a shard must say it is."""
         return ShardIdentity(shard.id, shard.name, self._cluster)
 
-    def _make(self, shard: Shard) -> Engine:
+    def _make(self, shard: Shard, stored: str, called: str) -> Engine:
         options = dict(self._options)
-        url = sqlalchemy_url(shard.url).set(drivername=DRIVER)
+        url = sqlalchemy_url(stored).set(drivername=DRIVER)
         arguments: dict[str, Any] = {"fallback_application_name": "shardkit"}
         if "connect_timeout" not in url.query and "PGCONNECT_TIMEOUT" not in os.environ:
             arguments["connect_timeout"] = _CONNECT_SECONDS
@@ -98,7 +123,7 @@ class Engines:
             engine = create_async_engine(url, shard=identity, **options).sync_engine
         else:
             engine = create_engine(url, shard=identity, **options)
-        event.listen(engine, "handle_error", _name_the_lost)
+        event.listen(engine, "handle_error", _naming_the_lost(shard.name, called))
         return engine
 
     def pause(self, seconds: float) -> None:
@@ -158,20 +183,24 @@ class Engines:
         with self._lock:
             engines = list(self._shards.values())
             self._shards.clear()
+            self._readers.clear()
         for engine in engines:
             engine.dispose()
 
 
-def _name_the_lost(context: ExceptionContext) -> ShardUnreachable | None:
-    """A connection lost in a statement: the shard by its name, and that nothing was committed."""
-    if not context.is_disconnect or context.statement is None or context.engine is None:
-        return None
-    if not isinstance(context.original_exception, psycopg.Error):
-        return None  # an interruption, after which the connection is given up as well
-    name = context.engine.dialect.shard.name  # type: ignore[attr-defined]
-    reason = (str(context.original_exception).strip().splitlines() or [""])[0]
-    return ShardUnreachable(
-        f"Shard {name} was lost under a transaction, of which nothing was committed: {reason}",
-        hint="Roll back and run the unit of work again.",
-        shard=name,
-    )
+def _naming_the_lost(name: str, called: str) -> Callable[[ExceptionContext], ShardUnreachable | None]:
+    """A listener for connections lost in a statement: the shard by its name, and that nothing was committed."""
+
+    def name_the_lost(context: ExceptionContext) -> ShardUnreachable | None:
+        if not context.is_disconnect or context.statement is None or context.engine is None:
+            return None
+        if not isinstance(context.original_exception, psycopg.Error):
+            return None  # an interruption, after which the connection is given up as well
+        reason = (str(context.original_exception).strip().splitlines() or [""])[0]
+        return ShardUnreachable(
+            f"{called} was lost under a transaction, of which nothing was committed: {reason}",
+            hint="Roll back and run the unit of work again.",
+            shard=name,
+        )
+
+    return name_the_lost

@@ -3,7 +3,8 @@
 In place of psycopg's BEGIN goes ``BEGIN; LOCK TABLE shardkit.<fence> IN ACCESS SHARE MODE``, one simple query, so that
 there is no further round trip; psycopg then finds a transaction open and sends no BEGIN of its own. `storage.dialect`
 drives this from SQLAlchemy's begin. Whatever would reach a shard in another way (a statement outside a transaction,
-autocommit, ``connection.transaction()``, the driver's two-phase commit, COMMIT as text) is refused here. What is
+autocommit, ``connection.transaction()``, the driver's two-phase commit, COMMIT as text) is refused here. Where reads
+may be old, on a replica, the fence is not locked but looked for in the transaction's snapshot (`snapshots`). What is
 private in psycopg is used in this module and in no other; ``tests/unit/test_guard_api.py`` fails when it changes.
 """
 
@@ -26,8 +27,10 @@ from psycopg._connection_base import BaseConnection
 from shardkit.core.errors import TopologyChanged, TopologyUnsettled, UnguardedStatement
 from shardkit.core.topology import Fence, Topology
 
+from . import snapshots
 from .identity import ShardIdentity
 from .scope import Scope
+from .snapshots import NoStandby, Source
 from .sqltext import Control, control
 
 IDLE = pq.TransactionStatus.IDLE
@@ -38,6 +41,8 @@ _RETRY_PAUSE = 0.005
 
 _NO_FENCE = (errors.UndefinedTable, errors.InvalidSchemaName)
 _IMPATIENT = (errors.LockNotAvailable, errors.QueryCanceled, errors.DeadlockDetected)
+# A standby that has to go on with its replay cancels who is in its way.
+_CANCELLED = (*_IMPATIENT, errors.SerializationFailure)
 
 
 class StaleFence(Exception):  # a signal between guard and session, never seen by an application
@@ -46,8 +51,11 @@ class StaleFence(Exception):  # a signal between guard and session, never seen b
     No subclass of psycopg.Error, so that SQLAlchemy passes it through as it is.
     """
 
-    def __init__(self, shard_name: str, fence: Fence, copy: Topology | None) -> None:
+    def __init__(
+        self, shard_name: str, fence: Fence, copy: Topology | None, source: Source | None = None
+    ) -> None:
         super().__init__(f"shard {shard_name} has no {fence.relation}")
+        self.source = source
         self.shard_name = shard_name
         self.fence = fence
         self.copy = copy
@@ -55,12 +63,16 @@ class StaleFence(Exception):  # a signal between guard and session, never seen b
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What a transaction begins behind: the fence of a shard, for a scope, to be had until a deadline (monotonic)."""
+    """What a transaction begins behind: the fence of a shard, for a scope, to be had until a deadline (monotonic).
+
+    It is locked, or, where a ``source`` of old reads is given, looked for in the snapshot of a read-only transaction.
+    """
 
     identity: ShardIdentity
     fence: Fence
     scope: Scope
     deadline: float
+    source: Source | None = None
 
     @property
     def shard_name(self) -> str:
@@ -99,6 +111,9 @@ class _Guarded(BaseConnection[Any]):
     ended = False
     """Whether COMMIT was sent before SQLAlchemy asked for it: readers end before the writer."""
     scope: Scope | None = None
+    source: Source | None = None
+    """Where its reads come from, if they may be old; then it writes nothing and holds no lock."""
+    _shown: tuple[Fence, ...] = ()
     _doors = 0
 
     @contextmanager
@@ -117,7 +132,8 @@ class _Guarded(BaseConnection[Any]):
             return
         if found is Control.END:
             _refuse("A transaction command as text")
-        self.held = self.held[:1]
+        if self.source is None:  # a snapshot goes on to show what it showed
+            self.held = self.held[:1]
 
     # --- psycopg's private side ------------------------------------------------------------------------------------
 
@@ -150,6 +166,10 @@ class _Guarded(BaseConnection[Any]):
 
     def _begin_gen(self, guard: Guard) -> Any:
         """BEGIN and LOCK in one message; after an error the connection is idle again."""
+        if guard.source is not None:
+            yield from self._begin_snapshot_gen(guard, guard.source)
+            return
+        self._shown = (guard.fence,)
         try:
             yield from self._simple(self._get_tx_start_command() + b"; " + _lock(guard.fence))
         except _NO_FENCE as error:
@@ -158,6 +178,21 @@ class _Guarded(BaseConnection[Any]):
         except _IMPATIENT:
             yield from self._simple(b"ROLLBACK")
             raise
+
+    def _begin_snapshot_gen(self, guard: Guard, source: Source) -> Any:
+        """BEGIN and a look at the fences in one message; after an error the connection is idle again."""
+        try:
+            results = yield from self._simple(snapshots.BEGIN)
+        except _CANCELLED:
+            yield from self._simple(b"ROLLBACK")
+            raise
+        is_standby, self._shown = snapshots.seen(results[-1])
+        if source.is_replica and not is_standby:
+            yield from self._simple(b"ROLLBACK")
+            raise NoStandby
+        if guard.fence not in self._shown:
+            yield from self._simple(b"ROLLBACK")
+            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen(guard)), source)
 
     def _command_gen(self, message: bytes) -> Any:
         results = yield from self._simple(message)
@@ -219,14 +254,15 @@ class _Guarded(BaseConnection[Any]):
     def entered(self, guard: Guard) -> None:
         """A transaction is open behind the fence."""
         self.shard_id, self.shard_name = guard.identity.shard_id, guard.identity.name
-        self.held = (guard.fence,)
+        self.held = self._shown
+        self.source = guard.source
         self.sent = self.wrote = self.ended = False
         self.scope = guard.scope
         guard.scope.participants[self.shard_id] = self
 
     def left(self) -> None:
         """No transaction is open."""
-        self.scope = None
+        self.scope = self.source = None
         self.held = ()
         self.sent = self.wrote = self.ended = False
 
@@ -288,7 +324,7 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
                 with self.lock:
                     self.wait(step(guard))
                 return
-            except _IMPATIENT as error:
+            except _CANCELLED as error:
                 _check_patience(guard, error)
             time.sleep(_RETRY_PAUSE)
 
@@ -347,7 +383,7 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
                 async with self.lock:
                     await self.wait(step(guard))
                 return
-            except _IMPATIENT as error:
+            except _CANCELLED as error:
                 _check_patience(guard, error)
             await asyncio.sleep(_RETRY_PAUSE)
 
