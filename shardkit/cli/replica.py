@@ -19,7 +19,10 @@ from .output import next_step, show, table
 
 Name = Annotated[str, typer.Argument(help="The shard.")]
 Url = Annotated[str, typer.Argument(help="The database on one of its standbys; the password is not stored.")]
-Remove = Annotated[bool, typer.Option("--remove", help="Take it off the list; it need not answer.")]
+Remove = Annotated[
+    bool,
+    typer.Option("--remove", envvar="SHARDKIT_REMOVE", help="Take it off the list; it need not answer."),
+]
 
 READ = 'Sessions read from it with execution_options(read_from="replica").'
 

@@ -430,6 +430,42 @@ def test_a_snapshot_does_not_follow_a_move(
     in_session(work)
 
 
+def test_reads_while_keys_move(in_session: InSession, sharded: ReplicatedCluster, rows: Rows) -> None:
+    """Each scatter over replicas finds every row once, and none needs to fail."""
+    sharded.settle_seconds = 30.0
+    first, second = sharded.standbys
+    sharded.list_replicas(s0=[first], s1=[second], s2=[first, second])
+    sharded.catch_up()
+    keys = rows.keys["s0"] + rows.keys["s1"]
+    met: set[int] = set()
+    moved = threading.Event()
+
+    def move() -> None:
+        try:
+            for key in keys:
+                sharded.move_key(key)
+        finally:
+            moved.set()
+
+    def work(session: shardkit.ShardSession) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            moving = pool.submit(move)
+            while not moved.is_set():
+                found = session.scalars(select(User.id).order_by(User.id), execution_options=REPLICA)
+                assert list(found) == rows.all
+                for key in keys[:2]:
+                    try:
+                        assert _names(session, REPLICA, key) == [f"user {key}"]
+                    except TopologyChanged:  # it moved since this transaction's first read
+                        break
+                session.rollback()
+                met.add(session.cluster.topology.version)
+            moving.result()
+
+    in_session(work)
+    assert len(met) > 3
+
+
 # --- a replica that is away ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
@@ -217,6 +218,24 @@ def test_the_document_and_the_digests_stay_as_they_are(halves: Topology) -> None
 
 def test_a_document_is_read_back(halves: Topology) -> None:
     assert Topology.from_json(DOCUMENT).to_json() == DOCUMENT
+
+
+def test_replicas_change_no_fence_and_are_kept(halves: Topology) -> None:
+    urls = ["postgresql://replica/app", "postgresql://other/app"]
+    listed = halves.with_replicas(2, 5, urls)
+    assert listed.by_id[5].replicas == tuple(urls)
+    assert listed.changed_since(halves) == listed.closing_since(halves) == ()
+    assert Topology.from_json(listed.to_json()) == listed
+    assert listed.digest != halves.with_replicas(2, 5, urls[:1]).digest
+    moved = listed.marked(3, 5, LOWER).cut_over(4, 3, 5, LOWER).declared(5, [USERS])
+    assert moved.by_id[5].replicas == tuple(urls)
+    assert "replicas" not in json.dumps(listed.with_replicas(3, 5, []).to_json())
+
+
+@pytest.mark.parametrize("urls", [["postgresql://a/b", "postgresql://a/b"], None])
+def test_a_replica_is_listed_once_and_is_not_the_shard(halves: Topology, urls: list[str] | None) -> None:
+    with pytest.raises(TopologyInvalid, match="a replica twice, or itself"):
+        halves.with_replicas(2, 5, urls or [halves.by_id[5].url])
 
 
 def test_a_topology_is_pickled_by_value(halves: Topology) -> None:
