@@ -188,14 +188,20 @@ class ReplicaTransaction(ShardTransaction):
             ) from error
 
     def _after(self, stale: StaleFence, topology: Topology, waiting: Waiting) -> Topology:
-        try:
+        if stale.source is None or not stale.source.is_replica or stale.copy is None:
             return super()._after(stale, topology, waiting)
+        # What it is behind is known, so the catalog is not asked: many may wait for one replica.
+        newer = self._cluster.router.adopt(stale.copy)
+        if newer.version > topology.version:
+            waiting.bound(stale)
+            return newer
+        try:
+            waiting.pause(stale)
         except TopologyUnsettled as error:
-            if stale.source is None or not stale.source.is_replica:
-                raise
             raise ReplicaBehind(
                 f"The {stale.source} of shard {stale.shard_name} does not show {stale.fence.relation} yet: it has not "
                 "replayed the last move there.",
                 shard=stale.shard_name,
                 replica=str(stale.source),
             ) from error
+        return topology

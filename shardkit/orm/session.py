@@ -205,6 +205,9 @@ class ShardSession(Session):
         """
         arguments = dict(bind_arguments or {})
         source = replicas.checked(arguments.pop("read_from", read_from) or replicas.wanted(execution_options))
+        execution_options = {
+            name: option for name, option in (execution_options or {}).items() if name != replicas.READ_FROM
+        } or None
         key, shard = arguments.pop("key", key), arguments.pop("shard", shard)
         if arguments.get("bind") is not None:
             _refuse_bind()

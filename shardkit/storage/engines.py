@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -62,7 +62,7 @@ class Engines:
         self._options = dict(options or {})
         self._shards: dict[tuple[int, str], Engine] = {}
         self._readers: dict[tuple[int, str], Engine] = {}
-        self._turns = itertools.count()
+        self._turns: dict[int, Iterator[int]] = {}
         self._catalog: Engine | None = None
         self._lock = threading.Lock()
 
@@ -83,7 +83,9 @@ class Engines:
     def sources(self, shard: Shard) -> list[Source]:
         """The replicas of a shard, each time another one first."""
         listed = [Source(url, is_replica=True) for url in shard.replicas]
-        first = next(self._turns) % len(listed) if listed else 0
+        # Of several threads that make a counter, one wins; and each count is given out once.
+        turn = next(self._turns.setdefault(shard.id, itertools.count()))
+        first = turn % len(listed) if listed else 0
         return listed[first:] + listed[:first]
 
     def reader(self, shard: Shard, source: Source) -> Engine:

@@ -154,6 +154,7 @@ def test_reads_come_from_the_standby(in_session: InSession, sharded: ReplicatedC
                 connection = session.connection(**options, read_from=source)  # type: ignore[arg-type]
                 assert connection.scalar(select(func.pg_is_in_recovery())) is expected
         by_option = session.connection(shard="s1", execution_options=REPLICA)
+        assert session.connection(shard="s1", execution_options=REPLICA) is by_option
         assert by_option.scalar(select(func.pg_is_in_recovery())) is True
         bound = session.execute(text("SELECT pg_is_in_recovery()"), bind_arguments={"shard": "s2", **REPLICA})
         assert bound.scalar() is True
@@ -235,13 +236,32 @@ def test_a_transaction_keeps_its_snapshot(
     in_session(work)
 
 
+def test_a_savepoint_does_not_end_a_snapshot(
+    in_session: InSession, sharded: ReplicatedCluster, rows: Rows
+) -> None:
+    key, other = rows.keys["s0"][:2]
+
+    def work(session: shardkit.ShardSession) -> None:
+        with session.begin_nested() as savepoint:
+            assert _names(session, REPLICA, key) == [f"user {key}"]
+            with pytest.raises(DBAPIError, match="division by zero"):
+                session.execute(select(User.id / 0).where(User.id == key), execution_options=REPLICA)
+            savepoint.rollback()
+        _rename(sharded, "s0", "newer")
+        sharded.catch_up()
+        assert _names(session, REPLICA, other) == [f"user {other}"]
+
+    in_session(work)
+
+
 def test_replicas_take_turns(sharded: ReplicatedCluster) -> None:
-    sharded.list_replicas(s0=sharded.standbys)
+    sharded.list_replicas(s0=sharded.standbys, s1=sharded.standbys)
     sharded.catch_up()
     asked = []
     with sharded.connect() as cluster:
         for _ in range(4):
             with cluster.sessionmaker()() as session:
+                session.connection(shard="s1", read_from="replica")
                 connection = session.connection(shard="s0", read_from="replica")
                 asked.append(connection.scalar(text("SELECT current_setting('unix_socket_directories')")))
     assert asked[:2] == asked[2:]
