@@ -190,7 +190,7 @@ class _Guarded(BaseConnection[Any]):
         if source.is_replica and not is_standby:
             yield from self._simple(b"ROLLBACK")
             raise NoStandby
-        if guard.fence not in self._shown:
+        if not self._shown or guard.fence != max(self._shown):
             yield from self._simple(b"ROLLBACK")
             raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen(guard)), source)
 

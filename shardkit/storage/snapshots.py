@@ -3,7 +3,8 @@
 A lock on a standby would hold its replay up, and be cancelled for it. So the transaction is read-only and keeps one
 snapshot, and the names of the fences are read in that very snapshot: they are rows of pg_class, and a standby shows the
 commits of its primary in their order, so whoever sees the name of a topology sees the rows that were there when it came
-into force. What is read is as old as the snapshot. Pure: `storage.guard` sends the message and asks what was seen.
+into force. It is the newest name that counts: ``shardkit.owned`` on the replica goes by that one. What is read is as
+old as the snapshot. Pure: `storage.guard` sends the message and asks what was seen.
 """
 
 from __future__ import annotations

@@ -420,6 +420,33 @@ def test_replicas_of_different_age_neither_lose_nor_double_rows(
         sharded.catch_up()
 
 
+def test_scattered_text_sees_no_row_twice(sharded: ReplicatedCluster, rows: Rows) -> None:
+    """The target's replica shows that it has been opened, the source's does not show that it is closed."""
+    old, new = sharded.standbys
+    sharded.list_replicas(s0=[old], s1=[new], s2=[new])
+    sharded.catch_up()
+    arcs, source, target = sharded.next_shard(rows.keys["s0"][0])
+    statement = text("SELECT id FROM public.users WHERE shardkit.owned(id)")
+    everywhere = {"bind_arguments": {"scatter": True}, "execution_options": REPLICA}
+    with sharded.lease() as catalog:
+        sharded.mark(catalog, target, arcs)
+        sharded.catch_up()
+        with sharded.connect() as cluster, cluster.sessionmaker()() as session:
+            assert sorted(session.scalars(statement, **everywhere)) == rows.all
+            session.rollback()
+            old.pause()
+            sharded.cut_over(catalog, source, target, arcs)
+            new.catch_up()
+            with pytest.raises(ReplicaBehind):
+                session.scalars(statement, **everywhere)
+            session.rollback()
+            old.resume()
+            sharded.catch_up()
+            assert sorted(session.scalars(statement, **everywhere)) == rows.all
+        sharded.purge(catalog, source, arcs)
+        sharded.drain(catalog)
+
+
 def test_a_stale_router_and_a_stale_replica_agree(sharded: ReplicatedCluster, rows: Rows) -> None:
     key = rows.keys["s0"][0]
     with sharded.connect() as cluster:
