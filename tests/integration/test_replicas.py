@@ -427,7 +427,7 @@ def test_scattered_text_sees_no_row_twice(sharded: ReplicatedCluster, rows: Rows
     sharded.catch_up()
     arcs, source, target = sharded.next_shard(rows.keys["s0"][0])
     statement = text("SELECT id FROM public.users WHERE shardkit.owned(id)")
-    everywhere = {"bind_arguments": {"scatter": True}, "execution_options": REPLICA}
+    everywhere: Any = {"bind_arguments": {"scatter": True}, "execution_options": REPLICA}
     with sharded.lease() as catalog:
         sharded.mark(catalog, target, arcs)
         sharded.catch_up()
