@@ -33,8 +33,8 @@ from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.orm.declare import key_column, sharded, sharded_tables
 from shardkit.orm.dispatch import Finishing
-from shardkit.orm.plan import Plan, ShardPart
-from shardkit.orm.routing import Planner
+from shardkit.orm.planning.plan import Plan, ShardPart
+from shardkit.orm.planning.routing import Planner
 from shardkit.storage.urls import sqlalchemy_url
 
 KEYS = range(-3, 13)

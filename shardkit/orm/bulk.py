@@ -15,8 +15,8 @@ from sqlalchemy.engine import Result
 from shardkit.core.errors import ReferenceDiffers
 
 from . import replicas, replicated
-from .gather import Interleaved, Rows, Same, gather
-from .whole import EveryShardPlan
+from .planning.gather import Interleaved, Rows, Same, gather
+from .planning.whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from .session import ShardSession

@@ -19,9 +19,9 @@ from shardkit.core.errors import UnroutableQuery
 from shardkit.core.topology import Topology
 from shardkit.storage.dialect import WRITES
 
-from .gather import Rows
 from .places import INFO
-from .plan import Parameters, Plan, Route, ShardPart
+from .planning.gather import Rows
+from .planning.plan import Parameters, Plan, Route, ShardPart
 
 _OWNED = re.compile(r"\bshardkit\s*\.\s*owned\s*\(")
 

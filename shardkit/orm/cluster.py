@@ -37,7 +37,7 @@ from .declare import declared_table, declared_tables, problems, tables_of_shard
 from .declared import declares
 from .ids import LEASES
 from .places import Problem
-from .routing import Planner
+from .planning.routing import Planner
 from .scatterpolicy import Policy
 from .session import ShardAsyncSession, ShardSession
 

@@ -23,14 +23,14 @@ from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
 from . import byhand, partial, remembered, replicas, replicated, scatterpolicy
-from .prepared import NOW
-from .routing import Parameters, Plan, Route, ShardPart
-from .whole import EveryShardPlan
+from .planning.prepared import NOW
+from .planning.routing import Parameters, Plan, Route, ShardPart
+from .planning.whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
-    from .plan import Plan
+    from .planning.plan import Plan
     from .session import ShardSession
     from .transaction import ShardTransaction
 

@@ -12,7 +12,7 @@ from sqlalchemy import Executable
 from sqlalchemy.ext.asyncio import async_scoped_session
 from sqlalchemy.orm import scoped_session
 
-from .plan import Parameters
+from .planning.plan import Parameters
 
 if TYPE_CHECKING:
     from .session import ShardAsyncSession, ShardSession

@@ -18,10 +18,10 @@ from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 
 from . import replicated
-from .carriers import vet_instance
 from .declared import declared_of
 from .ids import leasing
 from .keys import fill_default_key, instance_position, mapped_key
+from .planning.carriers import vet_instance
 
 if TYPE_CHECKING:
     from .session import ShardSession

@@ -3,7 +3,7 @@
 Shards are written in ascending order of their ids, each behind a lock on the table that lets one writer in and all
 readers: who has it on the first shard has it on all, so that two writers come in the same order everywhere, and a
 condition means the same rows. What Python makes of a row (defaults) is made once, for the first shard. Driven by
-`orm.dispatch`, `orm.bulk` and the flush; the route is `orm.whole`'s.
+`orm.dispatch`, `orm.bulk` and the flush; the route is `planning.whole`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shardkit.core.topology import DeclaredTable, ReferenceTable
 from shardkit.storage.predicate import relation
 from shardkit.storage.scope import Mode
 
-from .routing import Parameters, Route
+from .planning.routing import Parameters, Route
 
 if TYPE_CHECKING:
     from .session import ShardSession

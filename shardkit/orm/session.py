@@ -24,15 +24,15 @@ from shardkit.storage.scope import MODES, Mode
 
 from . import bulk, partial, replicas, replicated
 from .byhand import vet_named
-from .carriers import vet_instance
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
 from .keys import instance_position
+from .planning.carriers import vet_instance
+from .planning.routing import Plan, Route
+from .planning.whole import EveryShardPlan
 from .replicas import ReadFrom, ReplicaTransaction
-from .routing import Plan, Route
 from .scatterpolicy import Policy, check_policy
 from .transaction import ShardTransaction
-from .whole import EveryShardPlan
 
 if TYPE_CHECKING:
     from .cluster import ShardCluster
@@ -173,7 +173,9 @@ class ShardSession(Session):
             if scatter or (key is not None and shard is not None):
                 raise UsageError("bind_arguments name one of key, shard and scatter.")
             vet_named(clause)
-            source = replicas.checked(read_from or replicas.wanted(getattr(clause, "_execution_options", None)))
+            source = replicas.checked(
+                read_from or replicas.wanted(getattr(clause, "_execution_options", None))
+            )
             return self._provision_asked(key, shard, source).engine
         if scatter:
             return _Everywhere(self, by_hand=True)

@@ -48,9 +48,9 @@ from shardkit.core.errors import DeclarationError, IdMismatch, UnroutableQuery, 
 from shardkit.core.keyrange import ArcSet, slot_arc, slot_of
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
-from shardkit.orm import idrouting
-from shardkit.orm.carriers import carriers
 from shardkit.orm.declare import problems
+from shardkit.orm.planning import idrouting
+from shardkit.orm.planning.carriers import carriers
 from shardkit.storage.urls import sqlalchemy_url
 from tests.fix_postgres import FreshDatabase
 from tests.sharded import ShardedCluster, affected

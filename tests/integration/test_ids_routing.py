@@ -28,8 +28,8 @@ from shardkit.core import ids
 from shardkit.core.keyrange import Arc, ArcSet, slot_arc, slot_of
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
-from shardkit.orm.idrouting import owners
-from shardkit.orm.statements import SeveralPlan
+from shardkit.orm.planning.idrouting import owners
+from shardkit.orm.planning.statements import SeveralPlan
 from shardkit.storage import membership
 from shardkit.storage.urls import sqlalchemy_url
 from tests.fix_postgres import FreshDatabase

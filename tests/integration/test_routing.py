@@ -43,9 +43,9 @@ from shardkit.core.keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet, slot
 from shardkit.core.ring import position
 from shardkit.dev import Clusters
 from shardkit.orm.declare import sharded
-from shardkit.orm.ownership import owned_only
-from shardkit.orm.plan import AnyShardPlan, OneKeyPlan
-from shardkit.orm.statements import ReadingPlan
+from shardkit.orm.planning.ownership import owned_only
+from shardkit.orm.planning.plan import AnyShardPlan, OneKeyPlan
+from shardkit.orm.planning.statements import ReadingPlan
 from shardkit.storage.urls import sqlalchemy_url
 from tests.fix_postgres import FreshDatabase
 from tests.routed import KEYS, Account, Fleet, FleetSession, Mark, Note, stripes, thirds, with_transit

@@ -9,7 +9,7 @@ from sqlalchemy.engine import IteratorResult
 from sqlalchemy.engine.result import SimpleResultMetaData
 
 from shardkit.core.errors import UnroutableQuery
-from shardkit.orm.gather import Interleaved, Rows, gather
+from shardkit.orm.planning.gather import Interleaved, Rows, gather
 
 
 def gathered(merge: Rows | Interleaved, *shards: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

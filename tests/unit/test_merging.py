@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from shardkit.core.errors import IdentityConflict, UnmergeableQuery
-from shardkit.orm.arranging import Arrangement, Key
-from shardkit.orm.totals import Totals
+from shardkit.orm.planning.arranging import Arrangement, Key
+from shardkit.orm.planning.totals import Totals
 
 INT, TEXT, FLOAT, NUMERIC = 23, 25, 701, 1700
 

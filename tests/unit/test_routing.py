@@ -64,10 +64,10 @@ from sqlalchemy.types import TypeDecorator
 from shardkit.core.errors import UnroutableQuery
 from shardkit.core.ring import position
 from shardkit.orm.declare import sharded
-from shardkit.orm.kept import Kept
-from shardkit.orm.plan import AnyShardPlan, OneKeyPlan, Plan
-from shardkit.orm.routing import Planner
-from shardkit.orm.statements import PullPlan, ReadingPlan, WritingPlan
+from shardkit.orm.planning.kept import Kept
+from shardkit.orm.planning.plan import AnyShardPlan, OneKeyPlan, Plan
+from shardkit.orm.planning.routing import Planner
+from shardkit.orm.planning.statements import PullPlan, ReadingPlan, WritingPlan
 from tests.routed import Account, Mark, Note, thirds
 
 dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]

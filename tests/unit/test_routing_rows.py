@@ -36,12 +36,12 @@ from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.orm.declare import sharded
-from shardkit.orm.gather import Interleaved, Rows
 from shardkit.orm.keys import fill_default_key, instance_position
-from shardkit.orm.plan import OneKeyPlan, Route
-from shardkit.orm.prepared import Prepared
-from shardkit.orm.routing import Planner
-from shardkit.orm.totals import Totals
+from shardkit.orm.planning.gather import Interleaved, Rows
+from shardkit.orm.planning.plan import OneKeyPlan, Route
+from shardkit.orm.planning.prepared import Prepared
+from shardkit.orm.planning.routing import Planner
+from shardkit.orm.planning.totals import Totals
 from tests.routed import Account, Mark, Note, thirds, with_transit
 
 dialect: Any = PGDialect_psycopg()  # type: ignore[no-untyped-call]

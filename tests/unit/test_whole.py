@@ -37,10 +37,10 @@ import shardkit
 from shardkit.core.errors import DeclarationError, UnroutableQuery
 from shardkit.core.topology import HomeTable, ReferenceTable, ShardedTable, Topology
 from shardkit.orm.declare import declared_table, declared_tables, problems
-from shardkit.orm.plan import AnyShardPlan, OneKeyPlan
-from shardkit.orm.routing import Planner
-from shardkit.orm.statements import PullPlan, ReadingPlan, WritingPlan
-from shardkit.orm.whole import EveryShardPlan, FirstShardPlan, HomePlan
+from shardkit.orm.planning.plan import AnyShardPlan, OneKeyPlan
+from shardkit.orm.planning.routing import Planner
+from shardkit.orm.planning.statements import PullPlan, ReadingPlan, WritingPlan
+from shardkit.orm.planning.whole import EveryShardPlan, FirstShardPlan, HomePlan
 from shardkit.storage import tables
 from tests.routed import thirds
 

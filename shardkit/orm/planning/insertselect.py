@@ -15,8 +15,10 @@ from sqlalchemy import Column, Executable, Table
 from sqlalchemy.engine import Dialect
 
 from shardkit.core.topology import DeclaredTable, Topology
+from shardkit.orm import declare
+from shardkit.orm.keys import KeyColumn
 
-from . import declare, proof
+from . import proof
 from .anchor import local_nodes
 from .arranging import Arrangement
 from .binding import Unbound
@@ -24,7 +26,6 @@ from .carriers import id_columns
 from .closure import BlockProof, Node
 from .elements import unlabelled
 from .gather import Rows
-from .keys import KeyColumn
 from .ownership import owned_only
 from .plan import AnyShardPlan, OneKeyPlan, Parameters, Plan, Route, ShardPart
 from .proof import prove
@@ -153,9 +154,7 @@ def _fits(node: Node, key: Column[Any]) -> bool:
     return most is None or (length is not None and length <= most)
 
 
-def _anchor(
-    compiled: Compiled, inner: StatementProof, node: Node, made: list[Any], dialect: Dialect
-) -> Node:
+def _anchor(compiled: Compiled, inner: StatementProof, node: Node, made: list[Any], dialect: Dialect) -> Node:
     reading = inner.several
     if isinstance(reading, Refusal):
         raise reading.again()

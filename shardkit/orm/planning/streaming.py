@@ -1,7 +1,7 @@
 """Streaming: rows of several shards, merged as they come, with a bounded number of them at hand.
 
 Each shard keeps a cursor open and is asked for some rows at a time; if they are ordered, the next row is the first of
-what is at hand of all shards. For ``yield_per`` and ``stream``, where rows need not be seen together: `orm.arranging`
+what is at hand of all shards. For ``yield_per`` and ``stream``, where rows need not be seen together: `arranging`
 says when. Reading goes on in the caller's thread or task, so no connection is used by two.
 """
 

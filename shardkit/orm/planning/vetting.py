@@ -2,7 +2,7 @@
 
 Two questions: what may stand in a statement that runs on one shard, where only hidden FROMs are feared; and what may
 stand in a scatter, where each value must be the same on any shard. The words that are known are in
-`orm.vocabulary`. Driven by the planner, on a `Recording`.
+`vocabulary`. Driven by the planner, on a `Recording`.
 """
 
 from __future__ import annotations

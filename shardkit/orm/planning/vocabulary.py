@@ -1,7 +1,7 @@
 """The words of SQL whose meaning the planner knows: kinds of elements, and functions that are built in.
 
 By name, so that what SQLAlchemy, PostgreSQL or an application adds is refused until someone has thought about it. Only
-lists; `orm.vetting` says what they are for.
+lists; `vetting` says what they are for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ALL_AGGREGATES = _words(
     var_samp variance
     """
 )
-"""The aggregates that are known; which of them are made of parts, `orm.grouping` says."""
+"""The aggregates that are known; which of them are made of parts, `grouping` says."""
 
 TIME_FUNCTIONS = _words(
     """

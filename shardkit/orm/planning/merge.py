@@ -1,6 +1,6 @@
 """Merging: what a route says is to be done with the results of its shards.
 
-Two kinds know results alone (`orm.gather`: rows that writing statements return); the others may run a further statement
+Two kinds know results alone (`gather`: rows that writing statements return); the others may run a further statement
 on one shard of the route, and answer the application's statement with the rows they have put together. Only names.
 """
 

@@ -20,9 +20,8 @@ from sqlalchemy.sql.elements import ClauseElement
 from shardkit.core.errors import IdMismatch
 from shardkit.core.ids import Carrier, Layout
 from shardkit.core.keyrange import slot_of
-
-from . import declare
-from .keys import DIALECT
+from shardkit.orm import declare
+from shardkit.orm.keys import DIALECT
 
 _carriers: WeakKeyDictionary[Table, Mapping[str, Carrier]] = WeakKeyDictionary()
 

@@ -18,8 +18,9 @@ from sqlalchemy.sql.elements import BindParameter, ClauseElement
 
 from shardkit.core.errors import KeyTypeError
 from shardkit.core.topology import DeclaredTable, ShardedTable
+from shardkit.orm import declare, keys
 
-from . import declare, keys, proof
+from . import proof
 from .binding import Terms, Unbound, one_position
 from .carriers import IdColumn, id_attributes, id_columns
 from .plan import OneKeyPlan, Parameters, Plan, RowsPlan, ShardPart

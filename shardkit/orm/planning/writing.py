@@ -1,6 +1,6 @@
 """Scattered writes: whether an UPDATE or DELETE may run on several shards.
 
-It may where a SELECT of the same conditions may (`orm.anchor`): each row that it writes is decided about on its own
+It may where a SELECT of the same conditions may (`anchor`): each row that it writes is decided about on its own
 shard. Its rows, if it returns any, are one shard's after another's. Driven by the planner; pure.
 """
 

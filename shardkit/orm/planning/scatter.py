@@ -1,8 +1,8 @@
 """Scatter: whether a statement may run on several shards, and how their results become one.
 
-A block may scatter if it has an anchor (`orm.anchor`), so that each of its rows is made on one shard. What it does with
-the rows then decides how the shards' results are put together: rows are concatenated, sorted and cut (`orm.arranging`);
-totals are added up (`orm.totals`), groups that are spread over shards made of parts (`orm.grouping`). Driven by the
+A block may scatter if it has an anchor (`anchor`), so that each of its rows is made on one shard. What it does with
+the rows then decides how the shards' results are put together: rows are concatenated, sorted and cut (`arranging`);
+totals are added up (`totals`), groups that are spread over shards made of parts (`grouping`). Driven by the
 planner; pure.
 """
 

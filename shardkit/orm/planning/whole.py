@@ -17,8 +17,8 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql.elements import ClauseElement
 
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
+from shardkit.orm import keys, places
 
-from . import keys, places
 from .closure import BlockProof
 from .gather import Same
 from .plan import AnyShardPlan, Parameters, Plan, Route, ShardPart

@@ -1,7 +1,7 @@
 """Totals: COUNT, SUM, MIN and MAX of integers over the rows of several shards, without groups.
 
 The one row of each shard is what one database would return of its rows, and integers are added and compared here
-exactly as PostgreSQL does it. Made by `orm.scatter` once a shape; everything else that aggregates is `orm.grouping`'s.
+exactly as PostgreSQL does it. Made by `scatter` once a shape; everything else that aggregates is `grouping`'s.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from shardkit.core.errors import UnmergeableQuery
+from shardkit.orm import declare
 
-from . import declare
 from .elements import ungrouped
 from .merge import Finish
 from .prepared import raw_rows

@@ -7,7 +7,7 @@ and the rows that were read. What PostgreSQL makes of the statement is then what
 
 Only columns that are used are read, and only rows that conditions of the statement on this one table leave, by one
 statement a shard and so from one snapshot each. Values travel as arrays of text, so that nothing is done per row here,
-with the types that the servers tell. How many rows that may be is bounded. Made by `orm.statements` once a shape.
+with the types that the servers tell. How many rows that may be is bounded. Made by `statements` once a shape.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from sqlalchemy.sql.visitors import iterate, replacement_traverse
 
 from shardkit.core.errors import UnmergeableQuery
 from shardkit.core.topology import ShardedTable
+from shardkit.orm.declare import key_column
 
 from .binding import possible
 from .closure import BlockProof, Constraint, Node
-from .declare import key_column
 from .merge import Finish
 from .ownership import BOUNDS, ODD, owned_in
 from .prepared import Prepared, raw_rows

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from shardkit.orm.keys import exact_position
+
 from .closure import BlockProof, Constraint
-from .keys import exact_position
 from .recorder import MISSING, Call
 
 Keys = dict[int, list[Any]]

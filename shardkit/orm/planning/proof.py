@@ -40,8 +40,8 @@ from shardkit.core.topology import (
     ReferenceTable,
     ShardedTable,
 )
+from shardkit.orm import declare
 
-from . import declare
 from .closure import BlockProof, Constraint, Node, Scope, close, holding, linked, push_down
 from .elements import conjuncts, is_set, ungrouped, unlabelled
 from .idrouting import IdConstraint, carrier_of

@@ -3,7 +3,7 @@
 Each shard sorts, and returns no more than LIMIT + OFFSET rows. What they are sorted by is among the columns or in
 hidden columns, which are cut off. Values that Python orders and compares exactly as PostgreSQL does are merged here;
 all others (text under a collation, enums, intervals, types of extensions) are sent as text, with the type and collation
-that the shards tell, to one shard, which puts the rows into order. Made by `orm.scatter` once a shape.
+that the shards tell, to one shard, which puts the rows into order. Made by `scatter` once a shape.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A block may scatter if one sharded FROM, its anchor, is on the preserved side of every outer join, and if every other
 sharded FROM of it and of all blocks inside it has the anchor's shard key for every row that it contributes. Then a
 shard that has all rows of a key makes all rows of the answer that have this key, and no others. Driven by
-`orm.scatter`; pure.
+`scatter`; pure.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A `StatementProof` is what is known of all statements of one shape; with the values of a call it makes the plan: all
 rows at one position, no row at all, or rows on several shards. What runs there is a part made for it
-(`orm.scatter`), the writing statement itself (`orm.writing`), or only the reading of the rows that it needs
-(`orm.pulling`). Driven by the planner.
+(`scatter`), the writing statement itself (`writing`), or only the reading of the rows that it needs
+(`pulling`). Driven by the planner.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sqlalchemy import CompoundSelect, Executable, Select, Table
 from sqlalchemy.engine import Dialect
 
 from shardkit.core.topology import DeclaredTable, Topology
+from shardkit.orm import declare, keys
 
-from . import declare, keys
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
 from .carriers import id_columns
 from .closure import BlockProof, Constraint, Node
@@ -200,7 +200,7 @@ class ReadingPlan(SeveralPlan):
 
     @property
     def merging(self) -> str:  # type: ignore[override]
-        """What `orm.scatter` found."""
+        """What `scatter` found."""
         return self._reading.merging.description
 
     def __init__(

@@ -4,9 +4,9 @@ Driven by the session: `Planner.plan` for each statement, `Plan.route` for each 
 opens a connection, never looks at rows.
 
 The promise is that a statement returns what one database would have returned, or raises `UnroutableQuery`. So a
-statement runs on one shard if every sharded FROM of every block is bound to one position (`orm.proof`); on several if
-its rows are each made on one shard and its result can be put together exactly (`orm.scatter`); row by row if it
-writes rows (`orm.rows`); and else not at all. What is not known by name is refused (`orm.vetting`). No answer and no
+statement runs on one shard if every sharded FROM of every block is bound to one position (`proof`); on several if
+its rows are each made on one shard and its result can be put together exactly (`scatter`); row by row if it
+writes rows (`rows`); and else not at all. What is not known by name is refused (`vetting`). No answer and no
 refusal depends on the topology: two keys that live on one shard today are two keys.
 
 Proofs are kept by SQLAlchemy's own cache key, so by the shape of a statement; each call only looks at its values.
@@ -23,10 +23,10 @@ from sqlalchemy.orm.context import FromStatement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import CompoundSelect
 
+from shardkit.orm.ids import leasing
 from shardkit.storage.idleases import IdLeases
 
 from .binding import Terms, terms
-from .ids import leasing
 from .insertselect import InsertSelectProof, prove_insert_select
 from .kept import Kept
 from .plan import Parameters, Plan, Route, ShardPart

@@ -1,6 +1,6 @@
 """The closure: what the rows of each sharded FROM of a block are bound to, by equalities that hold for them.
 
-The data of a proof and how it is closed; `orm.proof` reads a statement into it. Equalities are closed transitively
+The data of a proof and how it is closed; `proof` reads a statement into it. Equalities are closed transitively
 where they hold (`Scope`); a FROM of a subquery is bound through one of a block around it; a subquery in a FROM is bound
 by its body, and its body by it. Pure: sees no values.
 """
