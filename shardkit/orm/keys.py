@@ -223,6 +223,6 @@ def changed_key(column: Column[Any]) -> UnroutableQuery:
     """The refusal of a statement that changes shard keys."""
     return UnroutableQuery(
         f"The shard key {column.table.name}.{column.name} would be changed, and its row belong to another shard.",
-        hint="Insert the row under its new key and delete the old one.",
+        hint="Use session.rehome(instance, key), or insert the row under its new key and delete the old one.",
         reason="changed-key",
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sqlalchemy import Connection, Engine, Executable, event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
 from shardkit.core.ring import position
@@ -22,7 +23,7 @@ from shardkit.core.topology import DeclaredTable, Topology
 from shardkit.storage.engines import Engines
 from shardkit.storage.scope import MODES, Mode
 
-from . import bulk, partial, replicas, replicated
+from . import bulk, partial, rehoming, replicas, replicated
 from .byhand import vet_named
 from .dispatch import Dispatch
 from .flush import mapped, provision_flush
@@ -255,6 +256,15 @@ class ShardSession(Session):
         vet_instance(instance, at)
         return self.provision_position(at, facts.tables)
 
+    def rehome(self, instance: object, key: Any) -> None:
+        """Give a persistent instance, whose row nothing refers to, another shard key: the row is deleted where it lives
+        and inserted where it belongs, at once.
+
+        Not in mode "single". After a rollback the instance is transient. Raises `CrossShardWrite`, `UnroutableQuery`
+        where rows could refer to it or its id carries a slot, `KeyTypeError`, and what a flush raises.
+        """
+        rehoming.rehome(self, instance, key)
+
     @contextmanager
     def pinned(self, engine: Engine) -> Iterator[None]:
         """SQLAlchemy's bulk operations run on one shard in the block; nothing may be flushed in it."""
@@ -352,6 +362,10 @@ class ShardAsyncSession(AsyncSession):
 
     sync_session_class = ShardSession
     sync_session: ShardSession
+
+    async def rehome(self, instance: object, key: Any) -> None:
+        """As on the sync session."""
+        await greenlet_spawn(self.sync_session.rehome, instance, key)
 
     async def connection(
         self,

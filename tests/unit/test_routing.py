@@ -194,6 +194,11 @@ BOUND: dict[str, Any] = {
     "IN and equality": select(Account).where(Account.id.in_([5, 6, 7]), Account.id == 5),
     "two INs": select(Account).where(Account.id.in_([5, 6]), Account.id.in_([7, 5])),
     "IN of tuples": select(Note).where(tuple_(Note.owner, Note.number).in_([(5, 1), (5, 2)])),
+    "OR of one key": select(Account).where(or_(Account.id == 5, and_(Account.id == 5, Account.n == 1))),
+    "OR of lists": select(Account).where(or_(Account.id.in_([5, 6]), Account.id == 5), Account.id.in_([5, 7])),
+    "OR over a join": select(Account, Note)
+    .join(Account.notes)
+    .where(or_(and_(Note.owner == 5, Note.n == 1), and_(Account.n == 2, Note.owner == 5))),
     "OR beside it": select(Account).where(Account.id == 5, or_(Account.n == 1, Account.id == 7)),
     "ORDER BY, LIMIT": select(Account).where(Account.id == 5).order_by(Account.name).limit(3).offset(1),
     "DISTINCT": select(Account.name).where(Account.id == 5).distinct(),
@@ -365,7 +370,9 @@ SCATTERED: dict[str, Any] = {
     "functions of a row": select(
         func.coalesce(Account.n, 0), func.lower(Account.name), extract("year", func.make_date(1, 2, 3))
     ),
-    "keys in OR": select(Account).where(or_(Account.id == 5, Account.id == 5)),
+    "keys in OR": select(Account).where(or_(Account.id == 5, Account.id == 6)),
+    "a branch of OR unbound": select(Account).where(or_(Account.id == 5, Account.n == 5)),
+    "a branch of OR of no key": select(Account).where(or_(Account.id == 5, Account.id == 5.0)),
     "keys in a range": select(Account).where(Account.id.between(5, 5)),
     "NOT": select(Account).where(not_(Account.id == 5)),
     "NOT IN": select(Account).where(Account.id.not_in([5])),
@@ -428,6 +435,16 @@ SCATTERED: dict[str, Any] = {
 def test_a_statement_whose_rows_are_each_made_on_one_shard_scatters(planner: Planner, name: str) -> None:
     for _ in range(2):
         assert outcome(planner, SCATTERED[name]) == ("scatter", None)
+
+
+def test_keys_in_or_are_asked_of_their_owners(planner: Planner) -> None:
+    statement = select(Account).where(or_(Account.id == 5, and_(Account.id.in_([6, 7]), Account.n > 1)))
+    plan = planner.plan(statement.order_by(Account.id))
+    owners = {TOPOLOGY.ring.owner(key) for key in (5, 6, 7)}
+    assert set(plan.route(TOPOLOGY).shards) == owners
+    assert not plan.everywhere
+    nothing = select(Account).where(or_(Account.id == 5, Account.id == 6), Account.id == 7)
+    assert outcome(planner, nothing) == ("any", None)
 
 
 @pytest.mark.parametrize("value", ["5", " 5 ", 5.0, 5.7, decimal.Decimal(5), True, 2**63, "x", b"5", [5]])

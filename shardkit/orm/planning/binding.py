@@ -14,7 +14,7 @@ from typing import Any
 
 from shardkit.orm.keys import exact_position
 
-from .closure import BlockProof, Constraint
+from .closure import BlockProof, Bound, Choice, Constraint
 from .recorder import MISSING, Call
 
 Keys = dict[int, list[Any]]
@@ -26,12 +26,12 @@ class Terms:
     """What binds the nodes of one block: for each different set of constraints, those and whether the block is empty
     where they fit no value."""
 
-    classes: tuple[tuple[tuple[Constraint, ...], bool], ...]
+    classes: tuple[tuple[tuple[Bound, ...], bool], ...]
 
 
 def terms(proof: BlockProof) -> Terms:
     """The terms of a proved block."""
-    classes: dict[tuple[tuple[int, ...], bool], tuple[Constraint, ...]] = {}
+    classes: dict[tuple[tuple[int, ...], bool], tuple[Bound, ...]] = {}
     for node in proof.nodes:
         if node.derived is not None:
             continue  # its rows are made of those of its body
@@ -78,7 +78,7 @@ def only_position(constraint: Constraint, call: Call, parameters: Mapping[str, A
 
 
 def possible(
-    constraints: Sequence[Constraint], call: Call, parameters: Mapping[str, Any]
+    constraints: Sequence[Bound], call: Call, parameters: Mapping[str, Any]
 ) -> Mapping[int, Any] | None:
     """The positions that all of the constraints leave; None if none of them is understood."""
     left: dict[int, Any] | None = None
@@ -89,8 +89,16 @@ def possible(
     return left
 
 
-def known(constraint: Constraint, call: Call, parameters: Mapping[str, Any]) -> Keys | None:
+def known(constraint: Bound, call: Call, parameters: Mapping[str, Any]) -> Keys | None:
     """The keys that a constraint allows, by position; None if a value is not of the key's type. NULL equals nothing."""
+    if isinstance(constraint, Choice):
+        allowed: Keys = {}
+        for branch in constraint.branches:
+            keys = possible(branch, call, parameters)
+            if keys is None:
+                return None
+            allowed.update({position: [] for position in keys})
+        return allowed
     value = constraint.slot.value(call, parameters)
     if not constraint.listed:
         return _keys(constraint, (value,))

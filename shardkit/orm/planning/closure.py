@@ -32,13 +32,24 @@ class Constraint:
     column: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """A shard key is bound by each branch of an OR, by all of the constraints of one branch or another."""
+
+    branches: tuple[tuple[Constraint, ...], ...]
+    column: str
+
+
+Bound = Constraint | Choice
+
+
 @dataclass(slots=True, eq=False)
 class Scope:
     """Conditions that hold together, wherever the FROMs of this part of a FROM clause are present."""
 
     parent: Scope | None = None
     links: list[tuple[Node, Node]] = field(default_factory=list)
-    bounds: list[tuple[Node, Constraint]] = field(default_factory=list)
+    bounds: list[tuple[Node, Bound]] = field(default_factory=list)
     ids: list[tuple[Node, IdConstraint]] = field(default_factory=list)
 
     def mentioned(self) -> Iterator[Node]:
@@ -74,7 +85,7 @@ class Node:
     derived: Node | None = None
     deriving: list[Node] = field(default_factory=list)
     """The FROMs that are derived from this one, row by row of its keys."""
-    constraints: tuple[Constraint, ...] = ()
+    constraints: tuple[Bound, ...] = ()
     ids: tuple[IdConstraint, ...] = ()
     present: bool = False
 
@@ -143,7 +154,7 @@ def close(proof: BlockProof) -> None:
     for node in proof.nodes:
         node.present = any(scope is node.scope for scope in everywhere)
         scopes = holding(node.scope, proof)
-        found: dict[int, Constraint] = {}
+        found: dict[int, Bound] = {}
         ids: dict[int, IdConstraint] = {}
         for reached in linked(node, scopes):
             if reached.derived is not None:

@@ -21,6 +21,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import (
     BinaryExpression,
     BindParameter,
+    BooleanClauseList,
     ColumnClause,
     Tuple,
 )
@@ -42,7 +43,7 @@ from shardkit.core.topology import (
 )
 from shardkit.orm import declare
 
-from .closure import BlockProof, Constraint, Node, Scope, close, holding, linked, push_down
+from .closure import BlockProof, Choice, Constraint, Node, Scope, close, holding, linked, push_down
 from .elements import conjuncts, is_set, ungrouped, unlabelled
 from .idrouting import IdConstraint, carrier_of
 from .locality import keeps_keys_apart
@@ -251,6 +252,8 @@ class _Reader:
     # --- equalities ------------------------------------------------------------------------------------------------
 
     def _conjunct(self, conjunct: Any, scope: Scope) -> None:
+        if isinstance(conjunct, BooleanClauseList) and conjunct.operator is operators.or_:
+            self._choice(conjunct, scope)
         if not isinstance(conjunct, BinaryExpression):
             return
         left, right = ungrouped(conjunct.left), ungrouped(conjunct.right)
@@ -267,6 +270,24 @@ class _Reader:
                 self._bind_id(right, left, scope)
         elif conjunct.operator is operators.in_op:
             self._in(left, right, scope)
+
+    def _choice(self, disjunction: Any, scope: Scope) -> None:
+        """What every branch of an OR binds is bound: one of them is true, so its FROM is present too."""
+        strange = list(self._proof.strange)
+        branches = []
+        for part in disjunction.clauses:
+            branch = Scope()
+            for conjunct in conjuncts(part):
+                self._conjunct(conjunct, branch)
+            branches.append(branch)
+        self._proof.strange = strange
+        for node in dict.fromkeys(node for node, _ in branches[0].bounds):
+            bound = [
+                tuple(one for of, one in branch.bounds if of is node and isinstance(one, Constraint))
+                for branch in branches
+            ]
+            if all(bound):
+                scope.bounds.append((node, Choice(tuple(bound), str(node))))
 
     def _key(self, element: Any) -> Node | None:
         return self._proof.find_key(element, self._rendered)

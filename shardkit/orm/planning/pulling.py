@@ -50,7 +50,7 @@ from shardkit.core.topology import ShardedTable
 from shardkit.orm.declare import key_column
 
 from .binding import possible
-from .closure import BlockProof, Constraint, Node
+from .closure import BlockProof, Bound, Constraint, Node
 from .merge import Finish
 from .ownership import BOUNDS, ODD, owned_in
 from .prepared import Prepared, raw_rows
@@ -70,7 +70,7 @@ class Pulled:
     table: Table
     declared: ShardedTable
     columns: tuple[Column[Any], ...]
-    constraints: tuple[tuple[Constraint, ...], ...]
+    constraints: tuple[tuple[Bound, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +177,9 @@ def _needed(compiled: Compiled, one: Table, nodes: Sequence[Node]) -> ColumnElem
             if scope is node.scope and _is_of(condition, node, compiled)
         ]
         conditions += [
-            _equality(constraint, one) for constraint in node.constraints if constraint.part is None
+            _equality(constraint, one)
+            for constraint in node.constraints
+            if isinstance(constraint, Constraint) and constraint.part is None
         ]
         if not conditions:
             return None

@@ -20,7 +20,7 @@ from shardkit.orm import declare, keys
 
 from .binding import Keys, Terms, Unbound, known, one_position, only_position, possible, terms
 from .carriers import id_columns
-from .closure import BlockProof, Constraint, Node
+from .closure import BlockProof, Bound, Constraint, Node
 from .idrouting import IdConstraint, owners, possible_slots
 from .merge import Merge
 from .ownership import owned_arcs
@@ -140,7 +140,7 @@ class SeveralPlan(Plan):
         statement: Executable,
         parameters: Mapping[str, Any],
         proof: StatementProof,
-        constraints: Sequence[Constraint],
+        constraints: Sequence[Bound],
         call: Call,
         ids: Sequence[IdConstraint] = (),
     ) -> None:
@@ -151,10 +151,10 @@ class SeveralPlan(Plan):
         self._slots = possible_slots(ids, call, parameters) if ids and self._positions is None else None
 
     def _splittable(
-        self, constraints: Sequence[Constraint], parameters: Mapping[str, Any]
+        self, constraints: Sequence[Bound], parameters: Mapping[str, Any]
     ) -> tuple[Constraint, Keys] | None:
         for constraint in constraints:
-            if constraint.listed and constraint.single:
+            if isinstance(constraint, Constraint) and constraint.listed and constraint.single:
                 allowed = known(constraint, self._call, parameters)
                 if allowed is not None:
                     return constraint, allowed
@@ -369,13 +369,14 @@ def prove_statement(compiled: Compiled, planner: PlannerFacts) -> StatementProof
     found = tuple(terms(block) for block in blocks)
     classes = found[0].classes if len(found) == 1 else ()
     constraints, present = classes[0] if len(classes) == 1 else ((), False)
+    only = constraints[0] if len(constraints) == 1 and present else None
     return StatementProof(
         blocks=found,
         tables=(*{node.table: None for node in nodes}, *tables_beside(blocks)),
         writes=top_dml or not reads_only(compiled),
         updates_or_deletes=top_dml,
         several=_several(compiled, blocks, nodes, planner),
-        only=constraints[0] if len(constraints) == 1 and present else None,
+        only=only if isinstance(only, Constraint) else None,
         home=home_beside(blocks),
     )
 
