@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -35,7 +35,15 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, StatementError
-from sqlalchemy.orm import Session, aliased, joinedload, selectinload, subqueryload, with_polymorphic
+from sqlalchemy.orm import (
+    Session,
+    aliased,
+    joinedload,
+    selectinload,
+    subqueryload,
+    with_loader_criteria,
+    with_polymorphic,
+)
 
 from shardkit.core.errors import KeyTypeError, UnroutableQuery
 from shardkit.dev import Clusters
@@ -361,6 +369,18 @@ class Statements:
         return Drawn(statement.limit(limit).offset(offset), statement, keys, cut=True, unique=unique)
 
     def statement(self) -> Drawn:
+        drawn = self.plain_statement()
+        if not self.chance(15):
+            return drawn
+        # Conditions of options hold in every block that names the entity.
+        entity, criterion = self.one(
+            (Post, Post.likes > 1), (Post, Post.owner == self.one(*KEYS)), (Person, Person.flag.is_not(None)),
+            (Star, Star.owner.in_(self.several(KEYS, 0, 4))),
+        )  # fmt: skip
+        option = with_loader_criteria(entity, criterion, include_aliases=self.chance(80))
+        return replace(drawn, statement=drawn.statement.options(option), whole=drawn.whole.options(option))
+
+    def plain_statement(self) -> Drawn:
         kind = self.one(
             "rows", "rows", "rows", "rows", "entities", "entities", "distinct", "grouped", "grouped", "grouped",
             "totals", "window", "united", "wrapped", "eager",
