@@ -3,8 +3,8 @@
 Each shard makes its part of every group: the values it is grouped by, and for each aggregate what can be put together
 (COUNT and SUM are added up, AVG is a sum and a count, MIN and MAX are of parts, ...). The parts go as text, with the
 types that the shards tell, to one shard, which puts them together: the application's own columns, HAVING, ORDER BY,
-DISTINCT, LIMIT and window functions, with the parts in the place of its aggregates. So all arithmetic is PostgreSQL's.
-Made by `scatter` once a shape.
+DISTINCT and LIMIT, with the parts in the place of its aggregates. So all arithmetic is PostgreSQL's. Made by `scatter`
+once a shape.
 """
 
 from __future__ import annotations
