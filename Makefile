@@ -25,8 +25,9 @@ help:
 demo: $(READY)
 	.venv/bin/shardkit demo $(ARGS)
 
+# Two processes, each with servers of its own: most of the time a test waits for one. Benchmarks want no company.
 test: $(READY)
-	$(IN) -m pytest $(ARGS)
+	$(IN) -m pytest --numprocesses 2 --dist loadfile -p no:benchmark $(ARGS)
 
 slow: $(READY)
 	$(IN) -m pytest -m slow $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ pytest_plugins = [
 ]
 
 _TESTS = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    """Whoever starts the tests in the background of a shell has them ignore SIGINT, and some interrupt themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

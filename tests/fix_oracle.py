@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,15 +37,31 @@ class Outcomes:
         return f"{total:,} statements ({answers}), {self.refused_share:.1%} refused ({reasons})"
 
 
-_OUTCOMES = pytest.StashKey[dict[str, Outcomes]]()
+_PROPERTY = "oracle"
 
 
 @pytest.fixture(scope="module")
-def oracle_outcomes(request: pytest.FixtureRequest) -> Outcomes:
+def oracle_outcomes() -> Outcomes:
     """What became of the statements of this module; told at the end of the run."""
-    return request.config.stash.setdefault(_OUTCOMES, {}).setdefault(request.module.__name__, Outcomes())
+    return Outcomes()
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for module, outcomes in config.stash.get(_OUTCOMES, {}).items():
-        terminalreporter.write_line(f"{module.rpartition('.')[2]}: {outcomes}")
+@pytest.fixture(autouse=True)
+def _told(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "oracle_outcomes" in request.fixturenames:
+        name = request.module.__name__.rpartition(".")[2]
+        outcomes: Outcomes = request.getfixturevalue("oracle_outcomes")
+        # With the report of the test, as it may run in another process than the one that tells.
+        request.node.user_properties.append((_PROPERTY, f"{name}: {outcomes}"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    found: dict[str, str] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, told in getattr(report, "user_properties", ()):
+                if name == _PROPERTY:
+                    found[report.nodeid.partition("::")[0]] = told
+    for told in found.values():
+        terminalreporter.write_line(told)

@@ -160,12 +160,13 @@ class Grouping:
             if combined.cast_to is not None:
                 made = cast(made, ServerType(types[first + combined.cast_to][0]))
             found[hash(aggregate)] = made
-        groups = [
-            (expression, part[number])
+        groups = {
+            structure: part[number]
             for number, expression in enumerate(self.expressions)
             # Values that are equal in one call may differ in the next one.
             if not any(isinstance(element, BindParameter) for element in iterate(expression))
-        ]
+            and (structure := _structure(expression)) is not None
+        }
         core = self.compiled.statement
 
         def put(element: Any) -> Any:
@@ -245,14 +246,21 @@ def _find(root: Any, seen: dict[int, Any]) -> None:
             todo += element.get_children()
 
 
-def _put(root: Any, found: Mapping[int, ColumnElement[Any]], groups: Sequence[tuple[Any, Any]]) -> Any:
+def _structure(element: Any) -> Any:
+    """What an element has in common with those that are written like it, as SQLAlchemy tells statements apart by it;
+    None if it has nothing of the kind."""
+    key = element._generate_cache_key()
+    return None if key is None else key.key
+
+
+def _put(root: Any, found: Mapping[int, ColumnElement[Any]], groups: Mapping[Any, Any]) -> Any:
     """An element with parts in the place of the aggregates (by hash, which annotated copies share) and of what is
     grouped by (``groups``, by their structure too); `Refusal` if more is left."""
 
     def replace(element: Any, **_: Any) -> Any:
         known = found.get(hash(element))
         if known is None and isinstance(element, ColumnElement):
-            known = next((part for group, part in groups if element.compare(group)), None)
+            known = groups.get(_structure(element))
         if known is not None:
             return known
         return element if isinstance(element, BindParameter) else None
