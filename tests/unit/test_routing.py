@@ -195,7 +195,9 @@ BOUND: dict[str, Any] = {
     "two INs": select(Account).where(Account.id.in_([5, 6]), Account.id.in_([7, 5])),
     "IN of tuples": select(Note).where(tuple_(Note.owner, Note.number).in_([(5, 1), (5, 2)])),
     "OR of one key": select(Account).where(or_(Account.id == 5, and_(Account.id == 5, Account.n == 1))),
-    "OR of lists": select(Account).where(or_(Account.id.in_([5, 6]), Account.id == 5), Account.id.in_([5, 7])),
+    "OR of lists": select(Account).where(
+        or_(Account.id.in_([5, 6]), Account.id == 5), Account.id.in_([5, 7])
+    ),
     "OR over a join": select(Account, Note)
     .join(Account.notes)
     .where(or_(and_(Note.owner == 5, Note.n == 1), and_(Account.n == 2, Note.owner == 5))),
@@ -421,6 +423,12 @@ SCATTERED: dict[str, Any] = {
     "sum of a quotient": select(func.sum(Account.n / 2)),
     "now": select(Account.id, func.now()),
     "time in a condition": select(Account.id).where(func.now() > func.current_date()),
+    "GROUP BY a function": select(func.lower(Account.name), func.avg(Account.n)).group_by(
+        func.lower(Account.name)
+    ),
+    "GROUP BY the key and a function": select(func.lower(Account.name), func.stddev(Account.n)).group_by(
+        Account.id, func.lower(Account.name)
+    ),
     "time beside groups": select(func.current_timestamp(), func.count())
     .select_from(Account)
     .group_by(Account.name),
@@ -508,7 +516,10 @@ DERIVED: dict[str, tuple[Any, Any]] = {
     "LIMIT inside": (select(_limited).where(_limited.c.owner == 5), ("pulled", None)),
     "without its key": (select(_keyless), ("pulled", None)),
     "its key from the nullable side": (select(_outer_key).where(_outer_key.c.owner == 5), ("pulled", None)),
-    "twice, joined by key": (select(_twice, _again).where(_twice.c.owner == _again.c.owner), ("scatter", None)),
+    "twice, joined by key": (
+        select(_twice, _again).where(_twice.c.owner == _again.c.owner),
+        ("scatter", None),
+    ),
     "twice, two keys": (
         select(_twice, _again).where(_twice.c.owner == 5, _again.c.owner == 6),
         ("pulled", None),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import BooleanClauseList, FunctionFilter, Grouping, Label
+from sqlalchemy.sql.elements import BooleanClauseList, ClauseList, FunctionFilter, Grouping, Label
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import SelectBase
 
@@ -41,6 +41,19 @@ def unlabelled(element: Any) -> Any:
     while isinstance(element, Label) or getattr(element, "__visit_name__", "") == "label_reference":
         element = ungrouped(element.element)
     return element
+
+
+def grouped_by(core: Any) -> list[Any]:
+    """What a SELECT is grouped by, each without its label. (The ORM makes one list of several.)"""
+    found: list[Any] = []
+    todo = list(core._group_by_clauses)
+    while todo:
+        element = todo.pop(0)
+        if isinstance(element, ClauseList):
+            todo[:0] = element.clauses
+        else:
+            found.append(unlabelled(element))
+    return found
 
 
 def is_aggregate(element: Any) -> bool:

@@ -34,7 +34,7 @@ from sqlalchemy.sql.selectable import ScalarSelect, SelectBase
 from sqlalchemy.sql.visitors import iterate, replacement_traverse
 from sqlalchemy.types import Float, Integer, TypeDecorator
 
-from .elements import is_aggregate, ungrouped
+from .elements import grouped_by, is_aggregate, ungrouped
 from .merge import Finish
 from .prepared import NOW, Prepared, raw_rows
 from .recorder import Call, Compiled
@@ -186,7 +186,7 @@ class Grouping:
 def group(compiled: Compiled, columns: Sequence[Any], dialect: Dialect) -> tuple[Any, Grouping]:
     """What each shard runs, and how the parts are put together; `Refusal`."""
     core = compiled.statement
-    expressions = tuple(_plain(element) for element in core._group_by_clauses)
+    expressions = tuple(_vetted(element) for element in grouped_by(core))
     seen: dict[int, Any] = {}
     for root in (*columns, *core._having_criteria, *core._order_by_clauses):
         _find(root, seen)
@@ -215,22 +215,18 @@ def group(compiled: Compiled, columns: Sequence[Any], dialect: Dialect) -> tuple
     return bare.with_only_columns(*texts, maintain_column_froms=True), made
 
 
-def _plain(element: Any) -> Any:
-    element = ungrouped(element)
-    kind = getattr(element, "__visit_name__", "")
-    if kind == "label_reference":
-        return _plain(element.element)
-    if kind == "textual_label_reference":
+def _vetted(element: Any) -> Any:
+    """One thing that is grouped by; `Refusal` if it is no expression."""
+    if getattr(element, "__visit_name__", "") == "textual_label_reference":
         raise Refusal("group-by", "GROUP BY of a name that is given as a string is not merged over shards")
     if getattr(element, "is_literal", False) or not isinstance(element, ColumnElement):
         raise Refusal("group-by", "GROUP BY of raw SQL is not merged over shards")
-    if isinstance(element, FunctionElement) and str(element.name).lower() in (
-        "rollup",
-        "cube",
-        "grouping_sets",
-    ):
+    if isinstance(element, FunctionElement) and str(element.name).lower() in _GROUPING_SETS:
         raise Refusal("group-by", "grouping sets are not merged over shards")
-    return _plain(element.element) if isinstance(element, Label) else element
+    return element
+
+
+_GROUPING_SETS = ("rollup", "cube", "grouping_sets")
 
 
 def _find(root: Any, seen: dict[int, Any]) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.sql.elements import Over
 from sqlalchemy.sql.selectable import SelectBase
 
 from .closure import BlockProof, Node, holding, linked
-from .elements import is_aggregate, is_set, own_elements, unlabelled
+from .elements import grouped_by, is_aggregate, is_set, own_elements, unlabelled
 
 Rendered = Callable[[Any], str]
 """The name of a FROM in the SQL."""
@@ -71,6 +71,6 @@ def keeps_keys_apart(proof: BlockProof, node: Node, rendered: Rendered) -> bool:
         for one in linked(node, holding(proof.root, proof))
         if one.block is proof and one.scope is proof.root
     ]
-    if is_grouped(core, columns) and not holds_key(core._group_by_clauses, local, rendered):
+    if is_grouped(core, columns) and not holds_key(grouped_by(core), local, rendered):
         return False
     return windows_hold_key(core, columns, local, rendered)

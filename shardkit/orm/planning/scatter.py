@@ -18,7 +18,7 @@ from sqlalchemy.engine import Dialect
 from .anchor import anchored, local_nodes
 from .arranging import MOST, Arrangement, arrange
 from .closure import BlockProof, Node
-from .elements import is_set
+from .elements import grouped_by, is_set
 from .grouping import Grouping, group
 from .locality import holds_key, is_grouped, windows_hold_key
 from .merge import Merge
@@ -86,7 +86,7 @@ def reading(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> R
     top, rendered = proofs[0], compiled.rendered_name
     local = local_nodes(top, anchor)
     merging: Arrangement | Grouping | Totals
-    if is_grouped(core, columns) and not holds_key(core._group_by_clauses, local, rendered):
+    if is_grouped(core, columns) and not holds_key(grouped_by(core), local, rendered):
         total = totals(core, columns)
         part, merging = (core, total) if total is not None else group(compiled, columns, dialect)
     else:
