@@ -19,6 +19,7 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import Connection, CursorResult, Executable, func, select
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
+from shardkit.core.errors import UnmergeableQuery
 from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
@@ -180,6 +181,9 @@ class Dispatch:
             values = part.parameters if first is None else replicated.with_defaults(part.parameters, first)
             return lambda: connection.execute(part.statement, values, execution_options=sent)
 
+        assert route.merge is not None
+        if route.merge.as_text:
+            _vet_text(connections.values())
         finish = Finishing(next(iter(connections.values())), given, options)
         parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
         first: CursorResult[Any] | None = None
@@ -194,6 +198,17 @@ class Dispatch:
             results = _in_threads(works, session.cluster.workers, lambda: _cancel(connections.values()))
         assert route.merge is not None
         return route.merge.merged({**before, **results}, finish)
+
+
+def _vet_text(connections: Iterable[Connection]) -> None:
+    for connection in connections:
+        why = getattr(connection.dialect, "rounds", None)
+        if why is not None:
+            raise UnmergeableQuery(
+                f"Values of several shards would have to be compared as text, and {why}.",
+                hint="Set it back for the role or database of each shard: ALTER DATABASE ... RESET ...",
+                reason="settings",
+            )
 
 
 def _in_threads(

@@ -118,6 +118,8 @@ class _GuardedDialect(AnsweringDialect):
     def __init__(self, shard: ShardIdentity | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.shard = shard
+        self.rounds: str | None = None
+        """Why values that are written as text here are not read as the same on another server, if they are not."""
 
     def _run(self, outcome: Any) -> Any:
         raise NotImplementedError
@@ -267,6 +269,7 @@ class _GuardedDialect(AnsweringDialect):
             if self.shard is not None:
                 _check_hash(connection, self.shard)
                 _check_identity(connection, self.shard)
+                self.rounds = _rounding(connection)
 
 
 @contextmanager
@@ -282,6 +285,19 @@ def _lost_is_ended(dbapi_connection: Any, raw: Any) -> Iterator[None]:
 
 def _failed() -> psycopg.Error:
     return errors.InFailedSqlTransaction("a statement failed in this transaction; nothing is committed")
+
+
+def _rounding(connection: Connection) -> str | None:
+    """The setting of a session by which its text means something else to others, or less."""
+    names = ("DateStyle", "IntervalStyle", "extra_float_digits")
+    dates, intervals, digits = connection.execute(
+        select(*(func.current_setting(name) for name in names))
+    ).one()
+    if not dates.startswith("ISO"):
+        return f"DateStyle is {dates!r} there, not ISO"
+    if intervals != "postgres":
+        return f"IntervalStyle is {intervals!r} there, not 'postgres'"
+    return None if int(digits) >= 1 else f"extra_float_digits is {digits} there, so that floats are rounded"
 
 
 _HASHES: dict[type, tuple[Any, Any]] = {

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from sqlalchemy import Table
 
 from .closure import BlockProof, Node, holding, linked
+from .elements import chooses
 from .refusals import Refusal
 
 
 def anchored(proofs: list[BlockProof]) -> Node:
     """The anchor of the first block, to which all nodes of all blocks are bound; `Refusal` if there is none."""
     top = proofs[0]
+    if top.aggregated_from_inside:
+        raise Refusal("aggregate", "an aggregate in a subquery is one of the rows around it")
     candidates = [node for node in top.nodes if node.scope is top.root]
     if not candidates:
         if top.nodes:
@@ -36,12 +39,8 @@ def anchored(proofs: list[BlockProof]) -> Node:
 
 def _vet_choice(proof: BlockProof) -> None:
     """`Refusal` if a block over reference tables alone may choose other rows of them on each shard."""
-    for attribute in ("_limit_clause", "_offset_clause", "_fetch_clause", "_distinct_on"):
-        value = getattr(proof.block.statement, attribute, None)
-        if bool(value) if isinstance(value, tuple) else value is not None:
-            raise Refusal(
-                "reference-limit", "LIMIT in a subquery may choose other reference rows on each shard"
-            )
+    if chooses(proof.block.statement):
+        raise Refusal("reference-limit", "LIMIT in a subquery may choose other reference rows on each shard")
 
 
 def equal_keys(node: Node) -> Iterator[Node]:

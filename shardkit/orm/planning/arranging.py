@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, ColumnElement, CursorResult, Text, bindparam, cast, func, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import BindParameter, UnaryExpression
+from sqlalchemy.sql.elements import BindParameter, Tuple, UnaryExpression
 from sqlalchemy.types import (
     Boolean,
     Date,
@@ -108,6 +109,11 @@ class _Arranged:
     limit: int | None
     offset: int | None
 
+    @property
+    def as_text(self) -> bool:
+        """Whether a shard compares."""
+        return not self.arrangement.exact
+
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """One result of all rows."""
         plan = self.arrangement
@@ -189,7 +195,12 @@ def _same(value: Any) -> Any:
     """A value that equals another one where PostgreSQL's are equal."""
     if isinstance(value, float | Decimal) and math.isnan(value):
         return "NaN"
-    return value
+    return _instant(value)
+
+
+def _instant(value: Any) -> Any:
+    """A timestamp with a zone as PostgreSQL compares it: by what it is in UTC. (Python compares clocks on the wall.)"""
+    return value.astimezone(UTC) if isinstance(value, datetime) and value.tzinfo is not None else value
 
 
 def rank_of(key: Key) -> Any:
@@ -202,7 +213,7 @@ def rank_of(key: Key) -> Any:
             return (above, False, 0)
         if isinstance(value, float | Decimal) and math.isnan(value):
             return (not above, True, 0)
-        return (not above, False, value)
+        return (not above, False, _instant(value))
 
     return rank
 
@@ -235,8 +246,10 @@ def arrange(
     says that rows of two shards may be equal of which only one is wanted. `Refusal` for clauses that are not merged."""
     core = compiled.statement
     terms = [_Term.of(element) for element in core._order_by_clauses]
-    plain = [*columns] if distinct else []
-    exact = all(_is_exact(expression) for expression in (*plain, *(term.expression for term in terms)))
+    exact = all(_is_exact(term.expression, columns) for term in terms)
+    # The texts of equal values may differ, and beside them rows that were one are several.
+    plain = [*columns] if distinct or (core._distinct and not exact) else []
+    exact = exact and all(_is_exact(column, columns) for column in plain)
     hidden: list[ColumnElement[Any]] = []
 
     def place(expression: Any) -> int:
@@ -268,7 +281,7 @@ def arrange(
     if core._limit_clause is not None or core._offset_clause is not None:
         part = core.limit(None).offset(None)
         # Rows that are equal but for how they are written count once, and that is seen only when all are together.
-        if core._limit_clause is not None and (exact or not distinct):
+        if core._limit_clause is not None and (exact or not plain):
             part = part.limit(bindparam(MOST, type_=BigInteger()))
     labelled = [unlabelled(column).label(f"shardkit_{number}") for number, column in enumerate(hidden)]
     return (part.add_columns(*labelled) if labelled else part), made
@@ -301,6 +314,8 @@ class _Term(NamedTuple):
             raise Refusal(
                 "order-by", "ORDER BY of a name that is given as a string is not merged over shards"
             )
+        if isinstance(element, Tuple):
+            raise Refusal("order-by", "ORDER BY of a row value is not merged over shards")
         if getattr(element, "is_literal", False):
             raise Refusal("order-by", "ORDER BY of raw SQL is not merged over shards")
         return cls(element, descending, descending if nulls_first is None else nulls_first)
@@ -324,9 +339,13 @@ def _is_column(column: Any, expression: Any) -> bool:
     return hash(column) == hash(expression) or hash(unlabelled(column)) == hash(unlabelled(expression))
 
 
-def _is_exact(expression: Any) -> bool:
+def _is_exact(expression: Any, columns: Sequence[Any]) -> bool:
+    """Whether values of an expression are compared here. Of what is not a column of the statement no value may fail to
+    be loaded, as infinite dates do."""
     type_ = expression.type
     while isinstance(type_, TypeDecorator):
         type_ = type_.impl_instance
+    if isinstance(type_, Date | DateTime) and not any(_is_column(column, expression) for column in columns):
+        return False
     # An Enum is a string, an Interval of SQLAlchemy's own may be a timestamp.
     return isinstance(type_, _EXACT) and not isinstance(type_, Enum | Interval)

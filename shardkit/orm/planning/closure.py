@@ -113,6 +113,8 @@ class BlockProof:
     homes: dict[str, HomeTable] = field(default_factory=dict)
     strange: list[Node] = field(default_factory=list)
     read: bool = False
+    aggregated_from_inside: bool = False
+    """Whether a block of the statement has an aggregate of the rows of one around it."""
     conditions: list[tuple[Any, Scope]] = field(default_factory=list)
     """Each conjunct of WHERE and ON, and where it holds."""
 

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import BooleanClauseList, ClauseList, FunctionFilter, Grouping, Label
+from sqlalchemy.sql.elements import (
+    BooleanClauseList,
+    ClauseList,
+    FunctionFilter,
+    Grouping,
+    Label,
+    WithinGroup,
+)
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import SelectBase
 
@@ -16,6 +23,18 @@ from .vocabulary import ALL_AGGREGATES
 def is_set(clause: Any) -> bool:
     """Whether a clause of a statement was given."""
     return bool(clause) if isinstance(clause, tuple | bool) else clause is not None
+
+
+CHOOSING = (
+    "_limit_clause", "_offset_clause", "_fetch_clause", "_distinct_on", "_pre_columns_clause", "_post_select_clause",
+    "_post_criteria_clause", "_post_body_clause",
+)  # fmt: skip
+"""Clauses of a SELECT, syntax extensions (among them DISTINCT ON) included, by which some rows decide about others."""
+
+
+def chooses(core: Any) -> bool:
+    """Whether a SELECT has such a clause."""
+    return any(is_set(getattr(core, name, None)) for name in CHOOSING)
 
 
 def conjuncts(condition: Any) -> Iterator[Any]:
@@ -56,9 +75,18 @@ def grouped_by(core: Any) -> list[Any]:
     return found
 
 
+def structure(element: Any) -> Any:
+    """What an element has in common with those that are written like it, as SQLAlchemy tells statements apart by it;
+    None if it has nothing of the kind."""
+    key = element._generate_cache_key() if hasattr(element, "_generate_cache_key") else None
+    return None if key is None else key.key
+
+
 def is_aggregate(element: Any) -> bool:
     """Whether an element is an aggregate, with its FILTER if it has one."""
     function = element.func if isinstance(element, FunctionFilter) else element
+    if isinstance(function, WithinGroup):  # rank() and its like are window functions elsewhere
+        return True
     return (
         isinstance(function, FunctionElement) and str(getattr(function, "name", "")).lower() in ALL_AGGREGATES
     )

@@ -23,6 +23,8 @@ from .merged import merged
 class Rows:
     """The rows of all shards, one shard after the other; row counts are added."""
 
+    as_text = False
+
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """As `merge.Merge` has it."""
         return merged(results, gather, self)
@@ -32,6 +34,8 @@ class Rows:
 class Interleaved:
     """One row for each row of the input, in the order of the input: ``order[shard id]`` are the numbers of the input
     rows that the shard was given, in the order it was given them."""
+
+    as_text = False
 
     order: dict[int, tuple[int, ...]]
 
@@ -43,6 +47,8 @@ class Interleaved:
 @dataclass(frozen=True, slots=True)
 class Same:
     """Every shard did the same (`orm.replicated`): the result of the first."""
+
+    as_text = False
 
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """As `merge.Merge` has it."""

@@ -28,20 +28,29 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import operators
-from sqlalchemy.sql.elements import BindParameter, ColumnClause, FunctionFilter, Label, Over, UnaryExpression
+from sqlalchemy.sql.elements import (
+    BindParameter,
+    ColumnClause,
+    FunctionFilter,
+    Label,
+    Over,
+    Tuple,
+    UnaryExpression,
+    WithinGroup,
+)
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import ScalarSelect, SelectBase
 from sqlalchemy.sql.visitors import iterate, replacement_traverse
 from sqlalchemy.types import Float, Integer, TypeDecorator
 
-from .elements import grouped_by, is_aggregate, ungrouped
+from .elements import grouped_by, is_aggregate, own_elements, structure, ungrouped
 from .merge import Finish
 from .prepared import NOW, Prepared, raw_rows
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .servertypes import ServerType, as_text, constant, typed
 from .vetting import function_names
-from .vocabulary import TIME_FUNCTIONS
+from .vocabulary import SET_FUNCTIONS, TIME_FUNCTIONS
 
 _Part = ColumnElement[Any]
 
@@ -79,6 +88,8 @@ def _combined(aggregate: Any) -> _Combined:
     def filtered(made: Any) -> Any:
         return made.filter(aggregate.criterion) if isinstance(aggregate, FunctionFilter) else made
 
+    if isinstance(function, WithinGroup):
+        raise Refusal("aggregate", "an aggregate with WITHIN GROUP is not made of parts")
     name = str(function.name).lower()
     arguments = list(function.clauses)
     if any(isinstance(ungrouped(one), UnaryExpression) and ungrouped(one).operator is operators.distinct_op
@@ -161,11 +172,11 @@ class Grouping:
                 made = cast(made, ServerType(types[first + combined.cast_to][0]))
             found[hash(aggregate)] = made
         groups = {
-            structure: part[number]
+            written: part[number]
             for number, expression in enumerate(self.expressions)
             # Values that are equal in one call may differ in the next one.
             if not any(isinstance(element, BindParameter) for element in iterate(expression))
-            and (structure := _structure(expression)) is not None
+            and (written := structure(expression)) is not None
         }
         core = self.compiled.statement
 
@@ -223,6 +234,11 @@ def _vetted(element: Any) -> Any:
         raise Refusal("group-by", "GROUP BY of raw SQL is not merged over shards")
     if isinstance(element, FunctionElement) and str(element.name).lower() in _GROUPING_SETS:
         raise Refusal("group-by", "grouping sets are not merged over shards")
+    if isinstance(element, Tuple):
+        raise Refusal("group-by", "GROUP BY of a row value is not merged over shards")
+    for one in own_elements(element):
+        if isinstance(one, FunctionElement) and str(one.name).lower() in SET_FUNCTIONS:
+            raise Refusal("group-by", f"GROUP BY of the rows of {one.name}() is not merged over shards")
     return element
 
 
@@ -242,13 +258,6 @@ def _find(root: Any, seen: dict[int, Any]) -> None:
             todo += element.get_children()
 
 
-def _structure(element: Any) -> Any:
-    """What an element has in common with those that are written like it, as SQLAlchemy tells statements apart by it;
-    None if it has nothing of the kind."""
-    key = element._generate_cache_key()
-    return None if key is None else key.key
-
-
 def _put(root: Any, found: Mapping[int, ColumnElement[Any]], groups: Mapping[Any, Any]) -> Any:
     """An element with parts in the place of the aggregates (by hash, which annotated copies share) and of what is
     grouped by (``groups``, by their structure too); `Refusal` if more is left."""
@@ -256,7 +265,7 @@ def _put(root: Any, found: Mapping[int, ColumnElement[Any]], groups: Mapping[Any
     def replace(element: Any, **_: Any) -> Any:
         known = found.get(hash(element))
         if known is None and isinstance(element, ColumnElement):
-            known = groups.get(_structure(element))
+            known = groups.get(structure(element))
         if known is not None:
             return known
         return element if isinstance(element, BindParameter) else None
@@ -293,6 +302,7 @@ class _Grouped:
     call: Call
     parameters: Mapping[str, Any]
     dialect: Dialect
+    as_text = True
 
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """One result of all groups."""

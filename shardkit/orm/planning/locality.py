@@ -9,24 +9,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Select
+from sqlalchemy import Select, Table
 from sqlalchemy.sql.elements import Over
 from sqlalchemy.sql.selectable import SelectBase
 
 from .closure import BlockProof, Node, holding, linked
-from .elements import grouped_by, is_aggregate, is_set, own_elements, unlabelled
+from .elements import chooses, grouped_by, is_aggregate, own_elements, unlabelled
 
 Rendered = Callable[[Any], str]
 """The name of a FROM in the SQL."""
 
 
 def holds_key(elements: Iterable[Any], local: Sequence[Node], rendered: Rendered) -> bool:
-    """Whether the shard key of one of the nodes is among the elements: rows that are equal in all of them are then on
-    one shard."""
-    if not local:
-        return False
-    found = (local[0].block.find_key(unlabelled(element), rendered) for element in elements)
-    return any(node is one for node in found for one in local)
+    """Whether the shard key of one of the nodes is among the elements, or its whole primary key, which no two shards
+    share: rows that are equal in all of the elements are then on one shard."""
+    named: dict[int, set[str]] = {}
+    for element in map(unlabelled, elements):
+        if not local:
+            break
+        node = local[0].block.find_column(element, rendered)
+        if node is None:
+            continue
+        if str(element.name) in node.keys and any(node is one for one in local):
+            return True
+        named.setdefault(id(node), set()).add(str(element.name))
+    return any(_primary_key(node) <= named.get(id(node), set()) for node in local if _primary_key(node))
+
+
+def _primary_key(node: Node) -> set[str]:
+    """The names of the columns of the primary key of a FROM; none if it is derived."""
+    table = node.source if isinstance(node.source, Table) else getattr(node.source, "element", None)
+    if node.derived is not None or not isinstance(table, Table):
+        return set()
+    return {str(column.name) for column in table.primary_key.columns}
 
 
 def is_grouped(core: Any, columns: Iterable[Any]) -> bool:
@@ -57,14 +72,11 @@ def windows_hold_key(core: Any, columns: Iterable[Any], local: Sequence[Node], r
     return True
 
 
-_CUTS = ("_limit_clause", "_offset_clause", "_fetch_clause", "_distinct_on", "_for_update_arg")
-
-
 def keeps_keys_apart(proof: BlockProof, node: Node, rendered: Rendered) -> bool:
     """Whether the rows of a block that have a shard key of one of its FROMs, which it returns, depend on no rows that
     have another."""
     core, columns = proof.block.statement, proof.block.columns
-    if not isinstance(core, Select) or any(is_set(getattr(core, name, None)) for name in _CUTS):
+    if not isinstance(core, Select) or chooses(core) or core._for_update_arg is not None:
         return False
     local = [
         one

@@ -38,6 +38,11 @@ class Finish(Protocol):
 class Merge(Protocol):
     """One result out of those of several shards, each unread."""
 
+    @property
+    def as_text(self) -> bool:
+        """Whether values go from one server to another as text."""
+        ...
+
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """The result; all others are closed, also when they cannot be merged."""
         ...

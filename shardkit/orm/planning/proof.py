@@ -44,10 +44,10 @@ from shardkit.core.topology import (
 from shardkit.orm import declare
 
 from .closure import BlockProof, Choice, Constraint, Node, Scope, close, holding, linked, push_down
-from .elements import conjuncts, is_set, ungrouped, unlabelled
+from .elements import chooses, conjuncts, is_aggregate, own_elements, ungrouped, unlabelled
 from .idrouting import IdConstraint, carrier_of
 from .locality import keeps_keys_apart
-from .recorder import Compiled
+from .recorder import Block, Compiled
 from .refusals import Refusal
 
 _DERIVED = (Subquery, CTE, Lateral, TableValuedAlias, Values)
@@ -55,11 +55,6 @@ _DERIVED = (Subquery, CTE, Lateral, TableValuedAlias, Values)
 
 
 _COMPARISONS = (operators.in_op, operators.not_in_op)
-
-_ROW_COUNT = (
-    "_limit_clause", "_offset_clause", "_fetch_clause", "_group_by_clauses", "_having_criteria", "_distinct_on",
-)  # fmt: skip
-"""Clauses by which rows of other keys decide which rows of a key a SELECT returns."""
 
 
 def prove(compiled: Compiled) -> list[BlockProof]:
@@ -72,6 +67,10 @@ def prove(compiled: Compiled) -> list[BlockProof]:
         known[id(block)] = proof
         if block.derived is not None:
             bodies[hash(block.derived)] = proof
+    if any(_aggregates_outside(compiled, block) for block in compiled.recording.blocks):
+        bodies.clear()
+        for proof in known.values():
+            proof.aggregated_from_inside = True
     proofs = list(known.values())
     for proof in proofs:
         _read(compiled, proof, bodies)
@@ -94,6 +93,25 @@ def _read(compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof
                 _read(compiled, body, bodies)
     _Reader(compiled, proof, bodies).read()
     close(proof)
+
+
+def _aggregates_outside(compiled: Compiled, block: Block) -> bool:
+    """Whether a block inside another has an aggregate of the other's rows: one that names no FROM of its own."""
+    if block.parent is None:
+        return False
+    own = {compiled.rendered_name(leaf) for from_ in block.froms for leaf in _leaves(from_)}
+    statement = block.statement
+    clauses = [
+        getattr(statement, clause, ())
+        for clause in ("_where_criteria", "_having_criteria", "_order_by_clauses", "_group_by_clauses")
+    ]
+    for element in own_elements(*block.columns, *(one for clause in clauses for one in clause)):
+        if is_aggregate(element):
+            columns = [one for one in own_elements(element) if isinstance(one, ColumnClause)]
+            named = {compiled.rendered_name(one.table) for one in columns if one.table is not None}
+            if named and not named & own:
+                return True
+    return False
 
 
 def _leaves(from_: Any) -> Iterator[Any]:
@@ -324,7 +342,7 @@ class _Reader:
             return
         one = proof.parent.find_key(compared.left, self._rendered)
         select = proof.block.statement
-        whole = all(not is_set(getattr(select, name, None)) for name in _ROW_COUNT)
+        whole = not (chooses(select) or select._group_by_clauses or select._having_criteria)
         if one is None or len(proof.block.columns) != 1 or not whole:
             return
         other = proof.find_key(unlabelled(proof.block.columns[0]), self._rendered)

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     CursorResult,
+    Select,
     Table,
     Text,
     and_,
@@ -51,10 +52,11 @@ from shardkit.orm.declare import key_column
 
 from .binding import possible
 from .closure import BlockProof, Bound, Constraint, Node
+from .elements import grouped_by, is_aggregate, structure, unlabelled
 from .merge import Finish
 from .ownership import BOUNDS, ODD, owned_in
 from .prepared import Prepared, raw_rows
-from .recorder import Call, Compiled
+from .recorder import Block, Call, Compiled
 from .refusals import Refusal
 from .servertypes import as_text, constant, typed
 from .vetting import vet_pulled
@@ -109,6 +111,8 @@ class Pull:
 def pull(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> Pull:
     """What has to be read for a statement; `Refusal`."""
     vet_pulled(compiled)
+    for proof in proofs:
+        _vet_groups(proof.block)
     nodes: dict[Table, list[Node]] = {}
     for proof in proofs:
         for node in proof.nodes:
@@ -136,6 +140,27 @@ def pull(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> Pull
     return Pull(tuple(tables), reading(owned=False), reading(owned=True))
 
 
+def _vet_groups(block: Block) -> None:
+    """`Refusal` where columns stand beside a primary key that is grouped by: of rows that are read PostgreSQL does not
+    know that it is one."""
+    core = block.statement
+    if not isinstance(core, Select) or not core._group_by_clauses:
+        return
+    groups = grouped_by(core)
+    known = {structure(group) for group in groups} | {hash(group) for group in groups}
+    todo = [*block.columns, *core._order_by_clauses, *core._having_criteria]
+    while todo:
+        element = unlabelled(todo.pop())
+        if hash(element) in known or structure(element) in known or is_aggregate(element):
+            continue
+        if isinstance(element, ColumnClause) and not element.is_literal and element.table is not None:
+            raise Refusal(
+                "group-by", f"{element} is not grouped by, and rows that are read have no primary key"
+            )
+        if not isinstance(element, SelectBase):
+            todo += element.get_children()
+
+
 def _table(node: Node) -> Table:
     source: Any = node.source if isinstance(node.source, Table) else node.source.element
     found: Table = source._deannotate()
@@ -159,6 +184,8 @@ def _used_columns(compiled: Compiled) -> dict[str, set[str]]:
     used: dict[str, set[str]] = {}
     for seen in compiled.recording.elements.get("column", ()):
         of = getattr(seen, "table", None)
+        if of is None and not getattr(seen, "is_literal", False):
+            raise Refusal("bare-column", f"the column {seen.name} of it names no table")
         of = getattr(of, "element", of) if not isinstance(of, Table) else of
         if isinstance(of, Table):
             if getattr(seen, "system", False):
@@ -295,6 +322,7 @@ class _Pull:
     pull: Pull
     statement: Any
     most: int
+    as_text = True
 
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """The result of the statement over all rows."""

@@ -47,6 +47,12 @@ class Reading:
         """Whether a shard has to be asked what time it is for all of them."""
         return self.plain.asks_the_time or (isinstance(self.merging, Grouping) and self.merging.asks_the_time)
 
+    def is_wrong(self, call: Call, parameters: Mapping[str, Any]) -> bool:
+        """Whether LIMIT or OFFSET are such that any server refuses them."""
+        if not isinstance(self.merging, Arrangement):
+            return False
+        return any(count is not None and count < 0 for count in self.merging.counts(call, parameters))
+
     def merge(
         self, call: Call, parameters: Mapping[str, Any], dialect: Dialect, streamed: int | None = None
     ) -> tuple[Merge, dict[str, Any]]:
@@ -57,7 +63,7 @@ class Reading:
         if isinstance(self.merging, Grouping):
             return self.merging.merge(call, parameters, dialect), {}
         limit, offset = self.merging.counts(call, parameters)
-        most = None if limit is None else limit + max(offset or 0, 0)
+        most = None if limit is None else min(limit + (offset or 0), 2**63 - 1)
         own = {} if most is None else {MOST: most}
         if streamed is not None and self.merging.can_stream:
             return Streamed(self.merging, limit, offset, streamed), own

@@ -93,6 +93,8 @@ class StatementProof:
             return WritingPlan(statement, single, self, several, call, planner.compile_)
         if isinstance(several, Reading):
             streamed = options.get("yield_per") or (options.get("stream_results") and STREAM_ROWS)
+            if several.is_wrong(call, single):
+                return AnyShardPlan(statement, parameters, self.tables, self.writes)  # the server says why
             merge, own = several.merge(call, single, planner.dialect, streamed or None)
             return ReadingPlan(statement, single, self, several, call, merge, own)
         return PullPlan(statement, single, self, several, call, options.get(MOST_ROWS, planner.most_rows))

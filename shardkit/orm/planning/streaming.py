@@ -29,6 +29,7 @@ class Streamed:
     limit: int | None
     offset: int | None
     at_hand: int
+    as_text = False
 
     def merged(self, results: Mapping[int, CursorResult[Any]], finish: Finish) -> CursorResult[Any]:
         """One result, whose rows are fetched when they are asked for."""

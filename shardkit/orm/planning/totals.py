@@ -36,6 +36,7 @@ class Totals:
     """One row of which each column is merged by its own aggregate."""
 
     columns: tuple[AggregateName, ...]
+    as_text = False
 
     @property
     def description(self) -> str:

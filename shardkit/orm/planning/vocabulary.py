@@ -71,6 +71,15 @@ TIME_FUNCTIONS = _words(
 TRANSACTION_TIMES = TIME_FUNCTIONS - _words("clock_timestamp statement_timestamp")
 """When the transaction began: the same in all of its statements."""
 
+SET_FUNCTIONS = _words(
+    """
+    generate_series generate_subscripts json_array_elements json_array_elements_text json_each json_each_text
+    json_object_keys jsonb_array_elements jsonb_array_elements_text jsonb_each jsonb_each_text jsonb_object_keys
+    regexp_matches regexp_split_to_table unnest
+    """
+)
+"""What returns several rows."""
+
 READING_FUNCTIONS = (
     ROW_FUNCTIONS
     | ALL_AGGREGATES
