@@ -8,6 +8,10 @@ from tests.acceptance.conftest import Program
 from tests.crash.test_two_phase_killed import SYNC, USERS, left, run
 from tests.sharded import ShardedCluster, until
 
+APPLICATION = """
+SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'shardkit'
+"""
+
 
 @pytest.mark.parametrize(
     ("failpoint", "listed", "ended", "holding"),
@@ -24,7 +28,7 @@ def test_list_and_recover(
     assert nothing == {"transactions": [], "unreachable": [], "next": None}
     run(sharded, SYNC, failpoint)
     until(
-        lambda: not sharded.holding("SELECT FROM pg_stat_activity WHERE application_name = 'shardkit'"),
+        lambda: not sharded.holding(APPLICATION),
         "its end",
     )
 

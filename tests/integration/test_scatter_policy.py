@@ -153,7 +153,8 @@ def test_explain_tells_shards_reason_what_is_sent_and_what_is_merged(
         assert total.merged == "totals added up"
         pulled = shardkit.explain(session, select(User).join(Post, Post.caption == User.name))
         assert pulled.merged == "rows of public.users, public.posts read from all, statement run by one"
-        rows = shardkit.explain(session, insert(User).values([{"id": n, "name": "x"} for n in range(50)]))
+        keys = [sharded.keys(name, 1)[0] for name in ("s0", "s1", "s2")]
+        rows = shardkit.explain(session, insert(User).values([{"id": n, "name": "x"} for n in keys]))
         assert len(rows.shards) == 3
         written = shardkit.explain(session, update(User).values(score=1))
         assert "decided about on the shard of its users.id" in written.reason

@@ -225,7 +225,8 @@ def test_what_was_not_committed_is_not_committed_by_the_next(
         _kill(sharded, "s1", _pid(session, "s1"))
         with pytest.raises(ShardUnreachable):
             session.commit()
-    assert sharded.query("s0", "SELECT FROM pg_stat_activity WHERE state = 'idle in transaction'") == []
+    open_here = "datname = current_database() AND state = 'idle in transaction'"
+    assert sharded.query("s0", f"SELECT FROM pg_stat_activity WHERE {open_here}") == []
     with cluster.sessionmaker()() as session:
         session.execute(insert(User).values(id=third, name="x"))
         session.commit()

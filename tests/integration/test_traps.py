@@ -206,7 +206,7 @@ TRAPS: dict[str, tuple[Any, str]] = {
     ),
     "the same key in each branch of OR": (
         select(User.id).where(or_(and_(User.id == 4, User.rank == 1), and_(User.id == 4, User.rank.is_(None)))),
-        "parts",
+        "one key",
     ),
     "two keys in OR": (select(User.id).where(or_(User.id == 3, User.id == 4)), "parts"),
     "NOT of a bound key": (select(User.id).where(not_(User.id == 3)), "parts"),
