@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import pytest
@@ -13,9 +14,11 @@ from shardkit.dev import Clusters
 from tests.sharded import ShardedCluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _sharded(servers: Clusters) -> Iterator[ShardedCluster]:
-    names = ["session_catalog", "session_s0", "session_s1", "session_s2"]
+    # One a module: what a test finds does not depend on the files before it, whose order is another in each run.
+    number = next(_numbers)
+    names = [f"module_{number}_{name}" for name in ("catalog", "s0", "s1", "s2")]
     urls = [servers[number % len(servers)].create_database(name) for number, name in enumerate(names)]
     cluster = ShardedCluster(urls[0], urls[1:])
     yield cluster
@@ -37,6 +40,7 @@ def cluster(sharded: ShardedCluster) -> Iterator[shardkit.ShardCluster]:
 
 
 T = TypeVar("T")
+_numbers = count(1)
 
 
 class InSession(Protocol):
