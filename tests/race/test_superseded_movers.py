@@ -67,7 +67,7 @@ def test_a_subscription_that_was_stopped_is_not_started_again(slow: tuple[Shards
     shards, run = slow
     replication.set_enabled(shards.on("s2"), run.name, False)
     with pytest.raises(MoverSuperseded):
-        run._copy_state()
+        run.copier.stream.state()
     assert (
         value(shards.on("s2"), "SELECT subenabled FROM pg_subscription WHERE subname = %s", (run.name,))
         is False
@@ -78,10 +78,10 @@ def test_no_slot_is_made_or_dropped(slow: tuple[Shards, TransferRun]) -> None:
     shards, run = slow
     replication.drop_subscription(shards.on("s2"), run.name)
     with pytest.raises(MoverSuperseded):
-        run._drop_slot()
+        run.copier.stream.drop_slot()
     assert replication.slot_exists(shards.on("s1"), run.name)
     while not replication.drop_slot(shards.on("s1"), run.name):
         pass
     with pytest.raises(MoverSuperseded):
-        run._create_slot()
+        run.copier.stream.create_slot()
     assert not replication.slot_exists(shards.on("s1"), run.name)
