@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from shardkit.core.move import Mode
 from shardkit.core.ring import position
 from shardkit.core.topology import ShardedTable, Topology
 from shardkit.dev import Cluster
@@ -40,13 +41,14 @@ LEFTOVERS = {
     "subscriptions": "SELECT subname FROM pg_subscription "
     "WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())",
     "triggers": "SELECT tgname FROM pg_trigger WHERE tgname ~ 'shardkit'",
-    "functions": "SELECT proname FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^note_'",
+    "functions": "SELECT proname FROM pg_proc "
+    "WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^(note|stand)_'",
     "moved": "SELECT transfer_id FROM shardkit.moved",
     "markers": "SELECT relname FROM pg_class "
     "WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov[a-z]+_[0-9]'",
     "changed": "SELECT key FROM shardkit.changed",
     "identities": "SELECT relation FROM shardkit.replica_identity",
-    "indexes": "SELECT relname FROM pg_class WHERE relname ~ '^shardkit_identity'",
+    "indexes": "SELECT relname FROM pg_class WHERE relname ~ '^shardkit_'",
     "locks": "SELECT relation::regclass FROM pg_locks l JOIN pg_class c ON c.oid = l.relation "
     "WHERE c.relname ~ '^fence_' AND c.relnamespace = 'shardkit'::regnamespace AND l.pid <> pg_backend_pid()",
 }
@@ -103,10 +105,10 @@ class Shards:
             return True
         return False
 
-    def move(self, **options: Any) -> Job:
+    def move(self, mode: Mode = Mode.AUTO, **options: Any) -> Job:
         """Make a job and carry it out."""
         with Mover(self.catalog_url, **{"patience": 30.0, **options}) as mover:
-            mover.start("rebalance")
+            mover.start("rebalance", mode=mode)
             return mover.run()
 
     def resume(self, **options: Any) -> Job:

@@ -15,7 +15,17 @@ from shardkit.core.placement import plan
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage import claims, fence, indoubt, inspection, migrate, references, replicas, tables
+from shardkit.storage import (
+    claims,
+    fence,
+    indoubt,
+    inspection,
+    migrate,
+    references,
+    replicas,
+    servers,
+    tables,
+)
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
@@ -252,7 +262,9 @@ def _server(view: View) -> Iterator[Finding]:
         )
     if not problems:
         version = view.connection.info.parameter_status("server_version")
-        yield view.ok("server", f"PostgreSQL {version}, wal_level logical, hash as the ring's")
+        wal_level = servers.settings(view.connection, "wal_level")["wal_level"]
+        slowly = "" if wal_level == "logical" else " (rows leave it in locked steps)"
+        yield view.ok("server", f"PostgreSQL {version}, wal_level {wal_level}{slowly}, hash as the ring's")
 
 
 def _identity(view: View) -> Iterator[Finding]:

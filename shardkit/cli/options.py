@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from shardkit.core.errors import UsageError
+from shardkit.core.move import Mode
 
 CATALOG_VARIABLE = "SHARDKIT_CATALOG"
 JSON_VARIABLE = "SHARDKIT_JSON"
@@ -40,6 +41,16 @@ Patience = Annotated[
         min=0.0,
         envvar="SHARDKIT_PATIENCE",
         help="Seconds to wait for a lock, a moment to cut over, or a server that is away.",
+    ),
+]
+
+MoveMode = Annotated[
+    Mode,
+    typer.Option(
+        "--mode",
+        envvar="SHARDKIT_MODE",
+        help="How rows move: by logical replication, or in small steps during which applications wait; auto takes the "
+        "second only where a source has no wal_level=logical.",
     ),
 ]
 

@@ -8,10 +8,11 @@ from rich.console import Console
 
 from shardkit.core.errors import PreflightFailed
 from shardkit.core.keyrange import SLOT_BITS, SLOTS, ArcSet, hex_position
+from shardkit.core.move import Mode
 from shardkit.core.placement import Placement, Transfer
 from shardkit.core.topology import Topology
 from shardkit.rebalance import preflight
-from shardkit.storage import inspection, tables
+from shardkit.storage import inspection, servers, tables
 from shardkit.storage.connections import ShardConnections
 
 from .output import percent, size, table
@@ -27,8 +28,10 @@ def arcs_document(arcs: ArcSet) -> list[list[str]]:
     return [[hex_position(arc.first), hex_position(arc.last)] for arc in arcs]
 
 
-def describe(topology: Topology, placement: Placement, shards: ShardConnections) -> dict[str, Any]:
-    """The plan as a document.
+def describe(
+    topology: Topology, placement: Placement, shards: ShardConnections, mode: Mode = Mode.AUTO
+) -> dict[str, Any]:
+    """The plan of a move by ``mode`` as a document.
 
     ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``);
     ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``); ``notes``,
@@ -53,8 +56,8 @@ def describe(topology: Topology, placement: Placement, shards: ShardConnections)
             for shard in topology.shards
         ],
         "transfers": [_transfer(topology, transfer, shards) for transfer in placement.transfers],
-        "notes": _notes(topology, shards),
-        "problems": _problems(topology, placement, shards),
+        "notes": [*_locked(topology, placement, shards, mode), *_notes(topology, shards)],
+        "problems": _problems(topology, placement, shards, mode),
     }
 
 
@@ -83,12 +86,27 @@ def _notes(topology: Topology, shards: ShardConnections) -> list[str]:
     ]
 
 
-def _problems(topology: Topology, placement: Placement, shards: ShardConnections) -> list[str]:
+def _locked(topology: Topology, placement: Placement, shards: ShardConnections, mode: Mode) -> list[str]:
+    """From which shards rows move in locked steps."""
+    sources = [topology.by_id[shard_id] for shard_id in sorted({t.source for t in placement.transfers})]
+    if mode is Mode.AUTO:
+        sources = [shard for shard in sources if not servers.replicates_logically(shards.get(shard))]
+    elif mode is Mode.LOGICAL:
+        sources = []
+    return [
+        f"rows leave shard {shard.name} in locked steps"
+        + (", as its wal_level is not logical" if mode is Mode.AUTO else "")
+        + ": applications wait some tens of milliseconds for each"
+        for shard in sources
+    ]
+
+
+def _problems(topology: Topology, placement: Placement, shards: ShardConnections, mode: Mode) -> list[str]:
     reasons: dict[str, None] = {}
     for transfer in placement.transfers:
         try:
             preflight.check(
-                topology, topology.by_id[transfer.source], topology.by_id[transfer.target], shards
+                topology, topology.by_id[transfer.source], topology.by_id[transfer.target], shards, mode
             )
         except PreflightFailed as error:
             reasons.update(dict.fromkeys(error.fields["reasons"]))

@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 
 from shardkit.core.errors import JobRunning, NothingToDo
+from shardkit.core.move import Mode
 from shardkit.rebalance.mover import plan_job
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 
 from . import jobs, plans
 from .asking import confirm, refuse_silence
-from .options import INTERVAL_AT_LEAST, AsJson, CatalogUrl, Parallel, Patience, Yes, one_of
+from .options import INTERVAL_AT_LEAST, AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
 from .output import next_step, result_console, show
 from .running import PARALLEL, PATIENCE, carry
 
@@ -51,13 +52,13 @@ def plan(catalog: CatalogUrl, as_json: AsJson = False) -> None:
     show({**document, "next": todo}, as_json, draw)
 
 
-def look(catalog: str) -> dict[str, Any]:
+def look(catalog: str, mode: Mode = Mode.AUTO) -> dict[str, Any]:
     """The plan of the weights that the topology states; `JobRunning` while a job is unfinished."""
     with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
         if opened.running_job() is not None:
             raise JobRunning
         topology, placement = plan_job(opened)
-        return {"version": topology.version, **plans.describe(topology, placement, shards)}
+        return {"version": topology.version, **plans.describe(topology, placement, shards, mode)}
 
 
 def _after_plan(plan: dict[str, Any]) -> str | None:
@@ -69,6 +70,7 @@ def _after_plan(plan: dict[str, Any]) -> str | None:
 def run(
     catalog: CatalogUrl,
     yes: Yes = False,
+    mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
     as_json: AsJson = False,
@@ -77,7 +79,7 @@ def run(
 
     Applications go on meanwhile. Can be stopped at any moment; `shardkit rebalance resume` goes on.
     """
-    planned = look(catalog)
+    planned = look(catalog, mode)
     plans.refuse_problems(planned)
     if not planned["transfers"]:
         show(
@@ -90,7 +92,7 @@ def run(
     confirm(planned, yes)
     job = carry(
         catalog,
-        lambda mover: (mover.start("rebalance"), mover.run())[1],
+        lambda mover: (mover.start("rebalance", mode=mode), mover.run())[1],
         parallel=parallel,
         patience=patience,
     )

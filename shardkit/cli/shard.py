@@ -13,6 +13,7 @@ from sqlalchemy import MetaData
 
 from shardkit.core.errors import MoveWaiting, RetryLater, UsageError
 from shardkit.core.keyrange import SLOTS
+from shardkit.core.move import Mode
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import SHARD_NAME, Topology
 from shardkit.rebalance.mover import plan_job, weights_of
@@ -24,7 +25,7 @@ from shardkit.storage.urls import redacted, sqlalchemy_url, without_password
 from . import jobs, plans
 from .asking import confirm, refuse_silence
 from .models import METAVAR, Provisional, load
-from .options import AsJson, CatalogUrl, Parallel, Patience, Yes, one_of
+from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
 from .output import narrate, next_step, percent, show, table
 from .reach import Lent
 from .replica import replica
@@ -116,6 +117,7 @@ def add(
     plan_only: PlanOnly = False,
     no_run: NoRun = False,
     yes: Yes = False,
+    mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
     as_json: AsJson = False,
@@ -128,7 +130,7 @@ def add(
     one_of(plan_only=plan_only, no_run=no_run)
     newcomer = Newcomer(name, _told_of_password(url), weight, load(models) if models else None)
     with Catalog.open(catalog) as opened:
-        placement, planned = _look(opened, newcomer)
+        placement, planned = _look(opened, newcomer, mode)
         runs = bool(planned["transfers"]) and not no_run and not plan_only
         if runs:
             plans.refuse_problems(planned)
@@ -146,7 +148,7 @@ def add(
     if runs:
         job = carry(
             catalog,
-            lambda mover: (mover.start(f"add shard {name}"), mover.run())[1],
+            lambda mover: (mover.start(f"add shard {name}", mode=mode), mover.run())[1],
             parallel=parallel,
             patience=patience,
         )
@@ -160,13 +162,13 @@ def _told_of_password(url: str) -> str:
     return bare
 
 
-def _look(catalog: Catalog, newcomer: Newcomer) -> tuple[Placement, dict[str, Any]]:
+def _look(catalog: Catalog, newcomer: Newcomer, mode: Mode) -> tuple[Placement, dict[str, Any]]:
     """Check everything, and tell what would move; changes nothing."""
     with Lent("shardkit plan") as shards, _tables_of(newcomer) as (connection, _):
         topology = _checked(catalog, shards, connection, newcomer)
         shards.lend(topology.named(newcomer.name).id, connection)
         placement = plan(topology, weights_of(topology))
-        return placement, plans.describe(topology, placement, shards)
+        return placement, plans.describe(topology, placement, shards, mode)
 
 
 def _checked(

@@ -281,7 +281,7 @@ class NothingToDo(Refused):
 class IncompatibleServer(Refused):
     """This server cannot be a shard.
 
-    PostgreSQL 15 or newer with wal_level=logical is needed.
+    A primary with PostgreSQL 15 or newer is needed.
     """
 
 

@@ -131,6 +131,16 @@ class ArcSet:
     def __sub__(self, other: ArcSet) -> ArcSet:
         return self & ~other
 
+    def leading(self, width: int, arcs: int) -> ArcSet:
+        """The first positions of the set: ``width`` of them, or fewer, in ``arcs`` arcs at most."""
+        taken: list[Arc] = []
+        for first, last in self.arcs[:arcs]:
+            taken.append(Arc(first, min(last, first + width - 1)))
+            width -= taken[-1].width
+            if not width:
+                break
+        return ArcSet(taken)
+
     def issuperset(self, other: ArcSet) -> bool:
         """Whether every position of ``other`` is in this set."""
         return not (other - self)

@@ -63,6 +63,17 @@ class Action(StrEnum):
     UNDO = "undo"
 
 
+class Mode(StrEnum):
+    """How rows are carried; stored in the catalog under this value."""
+
+    AUTO = "auto"
+    """Logical where the source can, else locked."""
+    LOGICAL = "logical"
+    """Logical replication, and one short cutover."""
+    LOCKED = "locked"
+    """Small steps under the fence, each its own decision."""
+
+
 class Transition(NamedTuple):
     """One row of the table."""
 
@@ -96,6 +107,10 @@ TABLE: tuple[Transition, ...] = (
         Phase.CUTTING_OVER, Event.POSTPONED, Phase.CATCHING_UP, "Too much changed; catching up again."
     ),
     Transition(Phase.CUTTING_OVER, Event.DECIDED, Phase.CUT_OVER, "The target owns the arcs; opening it."),
+    # Without logical replication rows pass in steps, each of which is decided; the last one decides the transfer.
+    Transition(
+        Phase.COPYING, Event.DECIDED, Phase.CUT_OVER, "The target owns the arcs, step by step; opening it."
+    ),
     Transition(Phase.CUT_OVER, Event.OPENED, Phase.PURGING, "Deleting the moved rows from the source."),
     Transition(
         Phase.PURGING, Event.PURGED, Phase.DONE, "Done: the target owns the arcs, the source is clean."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from shardkit.core.errors import MoverSuperseded
+from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable
 from shardkit.storage import change, inspection, purge, replication, sourceguard
 from shardkit.storage.connections import SHORT, Connection, transaction
@@ -26,15 +27,16 @@ class Clearing:
     def __init__(self, run: TransferRun) -> None:
         self._run = run
 
-    def delete_rows(self, shard: Shard) -> int:
-        """Delete the rows of the arcs on a shard that does not own them, under the guard of a topology that says so."""
+    def delete_rows(self, shard: Shard, arcs: ArcSet | None = None) -> int:
+        """Delete the rows of ``arcs``, else of all that move, on a shard that does not own them, under the guard of a
+        topology that says so."""
         connection = self._run.probes.get(shard)
         deleted = 0
         for table in self._run.tables:
-            deleted += self._delete_from(connection, shard, table)
+            deleted += self._delete_from(connection, shard, table, arcs or self._run.row.arcs)
         return deleted
 
-    def _delete_from(self, connection: Connection, shard: Shard, table: ShardedTable) -> int:
+    def _delete_from(self, connection: Connection, shard: Shard, table: ShardedTable, arcs: ArcSet) -> int:
         run = self._run
         topology = run.topology()
         done = 0
@@ -47,14 +49,14 @@ class Clearing:
             run.around.pause(0)
 
         while True:
-            if topology.owned(shard.id) & run.row.arcs:
+            if topology.owned(shard.id) & arcs:
                 raise MoverSuperseded(f"Shard {shard.name} owns arcs whose rows were to be deleted there.")
             in_force = topology.by_id[shard.id].fence
             try:
                 purge.delete_arcs(
                     connection,
                     table,
-                    run.row.arcs,
+                    arcs,
                     token=run.around.token,
                     in_force=in_force,
                     on_batch=on_batch,

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardkit.core.errors import MoveWaiting
-from shardkit.core.move import Event
+from shardkit.core.move import Event, Mode
 from shardkit.core.topology import Shard, ShardedTable
 from shardkit.storage import change, inspection, replicaidentity, replication, servers, sourceguard, tables
 from shardkit.storage.attended import attended
@@ -45,9 +45,15 @@ class LogicalCopier:
         """The driver enters a phase."""
         self.stream.begin_phase()
 
-    def drop(self) -> None:
+    def end(self) -> None:
         """End the copy on both sides, so that nothing done to the rows on one reaches the other."""
         self.stream.drop()
+
+    take_back = end
+
+    def stand_down(self) -> None:
+        """Drop the triggers on the source."""
+        self._run.clearing.remove_triggers()
 
     def on_open(self, target: Connection) -> None:
         """On the target as it opens, in that transaction: nothing may be applied any more, the purge's deletes least of
@@ -60,8 +66,8 @@ class LogicalCopier:
         """Check everything, mark the arcs in transit on the target, stand guard on the source."""
         run = self._run
         topology = run.topology()
-        self.drop()  # what a copy that begins again left takes slots that it needs
-        preflight.check(topology, run.source_shard, run.target_shard, run.shards)
+        self.end()  # what a copy that begins again left takes slots that it needs
+        preflight.check(topology, run.source_shard, run.target_shard, run.shards, Mode.LOGICAL)
         with run.around.fitting:
             for table in run.tables:
                 self._fit_replica_identity(table)
@@ -174,7 +180,7 @@ class LogicalCopier:
         run = self._run
         if not self._same_servers():
             return Event.SERVER_CHANGED
-        preflight.check_tables(run.tables, run.source_shard, run.target_shard, run.probes)
+        preflight.check_tables(run.tables, run.source_shard, run.target_shard, run.probes, Mode.LOGICAL)
         record = run.catalog.transfer(run.row.id).record
         run.track.update(rows_expected=record["rows_expected"])
         self._verifier = Verifier(

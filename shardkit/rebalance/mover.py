@@ -22,7 +22,7 @@ from shardkit.core.errors import (
     ShardUnreachable,
     TopologyInvalid,
 )
-from shardkit.core.move import FINAL, Phase
+from shardkit.core.move import FINAL, Mode, Phase
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
 from shardkit.storage import change, indoubt, inspection, replicaidentity, replication
@@ -88,14 +88,14 @@ class Mover:
     def __exit__(self, *exc: object) -> None:
         self.catalog.connection.close()
 
-    def start(self, kind: str, weights: Mapping[int, int] | None = None) -> Job:
-        """Make a job of what the planner says; `NothingToDo` if nothing would move."""
+    def start(self, kind: str, weights: Mapping[int, int] | None = None, mode: Mode = Mode.AUTO) -> Job:
+        """Make a job of what the planner says, to be carried by ``mode``; `NothingToDo` if nothing would move."""
         _, goal = plan_job(self.catalog, weights)
         if not goal.transfers:
             raise NothingToDo(
                 "Nothing has to move: every shard holds its share.", hint="There is no next step."
             )
-        self.catalog.create_job(kind, goal)
+        self.catalog.create_job(kind, goal, mode)
         return self.job()
 
     def job(self) -> Job:

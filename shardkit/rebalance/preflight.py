@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import psycopg
 
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
+from shardkit.core.move import Mode
 from shardkit.core.topology import Shard, ShardedTable, Topology
 from shardkit.storage import indoubt, inspection, replication, sequences, servers, tables
 from shardkit.storage.connections import Connection, ShardConnections, value
@@ -17,21 +18,30 @@ ALLOW_FSYNC_OFF = "SHARDKIT_ALLOW_FSYNC_OFF"
 """Environment variable that lets servers with fsync=off take part: throw-away ones, of a demo or of tests."""
 
 
-def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnections) -> None:
-    """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target``."""
+def check(
+    topology: Topology, source: Shard, target: Shard, shards: ShardConnections, mode: Mode = Mode.AUTO
+) -> None:
+    """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target`` in this mode."""
     here, there = shards.get(source), shards.get(target)
+    if mode is Mode.AUTO:
+        mode = Mode.LOGICAL if servers.replicates_logically(here) else Mode.LOCKED
+    replicated = mode is Mode.LOGICAL
     reasons: list[str] = []
     for shard, connection in ((source, here), (target, there)):
         reasons += [f"shard {shard.name}: {reason}" for reason in server_problems(connection)]
-    reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
-    reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
+    reasons += [f"shard {source.name}: {reason}" for reason in _doubtful(here)]
+    if replicated:
+        reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
+        reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
     for table in topology.tables:
         reasons += _table(table, here, there, source, target)
+        if replicated:
+            reasons += _unreplicated(table, here, there, source, target)
     if not topology.tables:
         reasons.append(
             "no table is declared, so nothing would be carried (`shardkit schema declare MODULE:ATTR` declares them)"
         )
-    if not reasons:
+    if replicated and not reasons:
         reasons += _reachable(here, there, source, target)
     if reasons:
         raise PreflightFailed(
@@ -42,11 +52,16 @@ def check(topology: Topology, source: Shard, target: Shard, shards: ShardConnect
 
 
 def check_tables(
-    sharded: Iterable[ShardedTable], source: Shard, target: Shard, shards: ShardConnections
+    sharded: Iterable[ShardedTable], source: Shard, target: Shard, shards: ShardConnections, mode: Mode
 ) -> None:
-    """Raise `PreflightFailed` where a table has become one whose rows cannot move, as by DDL during the move."""
+    """Raise `PreflightFailed` where a table has become one whose rows cannot move in this mode, as by DDL during the
+    move."""
     here, there = shards.get(source), shards.get(target)
-    reasons = [text for table in sharded for text in _table(table, here, there, source, target)]
+    reasons = []
+    for table in sharded:
+        reasons += _table(table, here, there, source, target)
+        if mode is Mode.LOGICAL:
+            reasons += _unreplicated(table, here, there, source, target)
     if reasons:
         raise PreflightFailed(
             f"Tables were altered while their rows move from {source.name} to {target.name}:\n"
@@ -88,8 +103,24 @@ def server_problems(connection: Connection) -> list[str]:
     return reasons
 
 
+def _doubtful(source: Connection) -> list[str]:
+    doubtful = source.execute(
+        "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
+    ).fetchall()
+    # Those of sessions come and go, and the mover ends what a crash left of them.
+    return [
+        f"prepared transaction {gid!r} is in doubt: commit it or roll it back"
+        for (gid,) in doubtful
+        if not indoubt.is_prepared_part(gid)
+    ]
+
+
 def _sender(source: Connection) -> list[str]:
     reasons = []
+    if not servers.replicates_logically(source):
+        reasons.append(
+            "wal_level is not logical (ALTER SYSTEM SET wal_level = logical, then restart; or move with --mode locked)"
+        )
     slots, senders = source.execute(
         """
         SELECT current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots),
@@ -101,15 +132,6 @@ def _sender(source: Connection) -> list[str]:
         reasons.append(f"{slots} replication slots are free and 2 are needed (max_replication_slots)")
     if senders < 2:
         reasons.append(f"{senders} walsenders are free and 2 are needed (max_wal_senders)")
-    doubtful = source.execute(
-        "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
-    ).fetchall()
-    # Those of sessions come and go, and the mover ends what a crash left of them.
-    reasons += [
-        f"prepared transaction {gid!r} is in doubt: commit it or roll it back"
-        for (gid,) in doubtful
-        if not indoubt.is_prepared_part(gid)
-    ]
     return reasons
 
 
@@ -139,6 +161,29 @@ def _table(
     reasons += [f"shard {source.name}: {text}" for text in tables.key_problems(table, mine)]
     if mine is None or other is None:
         return reasons
+    if value(here, "SELECT 1 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+                   "WHERE i.inhparent = %s::regclass AND NOT c.relispartition", (_name(table, here),)):  # fmt: skip
+        reasons.append(f"table {table} has inheritance children, which are not published with it")
+    for shard, connection, what in ((source, here, "deleted"), (target, there, "replicated")):
+        reasons += [
+            f"{trigger} of {table} on {shard.name} fires for {what} rows of a move (ENABLE ALWAYS or REPLICA)"
+            for trigger in inspection.eager_triggers(connection, table)
+        ]
+    reasons += [
+        f"column {table}.{column} is {shown}: what its values name (large objects, say) is not carried along"
+        for column, shown in inspection.of_this_server(here, table)
+    ]
+    return reasons + sequences.problems(here, there, table)
+
+
+def _unreplicated(
+    table: ShardedTable, here: Connection, there: Connection, source: Shard, target: Shard
+) -> list[str]:
+    """What logical replication does not carry."""
+    mine, other = tables.describe(here, table), tables.describe(there, table)
+    if mine is None or other is None:
+        return []
+    reasons = []
     for shard, connection in ((source, here), (target, there)):
         reasons += [
             f"{name} of table {table} on {shard.name} is unlogged or temporary, "
@@ -160,19 +205,7 @@ def _table(
         reasons.append(
             f"table {table} has no index that begins with {table.key}: the last comparison would read all of it"
         )
-    if value(here, "SELECT 1 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
-                   "WHERE i.inhparent = %s::regclass AND NOT c.relispartition", (_name(table, here),)):  # fmt: skip
-        reasons.append(f"table {table} has inheritance children, which are not published with it")
-    for shard, connection, what in ((source, here, "deleted"), (target, there, "replicated")):
-        reasons += [
-            f"{trigger} of {table} on {shard.name} fires for {what} rows of a move (ENABLE ALWAYS or REPLICA)"
-            for trigger in inspection.eager_triggers(connection, table)
-        ]
-    reasons += [
-        f"column {table}.{column} is {shown}: what its values name (large objects, say) is not carried along"
-        for column, shown in inspection.of_this_server(here, table)
-    ]
-    return reasons + sequences.problems(here, there, table)
+    return reasons
 
 
 def _name(table: ShardedTable, connection: Connection) -> str:

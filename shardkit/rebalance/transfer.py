@@ -1,8 +1,8 @@
 """One transfer: the actions of `core.move`'s table, carried out on the source, the target and the catalog.
 
-`TransferRun` goes the way through the table. The actions up to the decision belong to a copier (`rebalance.logical`);
-what follows it, and what takes a transfer back, is the same for every copier and is here. Driven by
-`rebalance.mover`, one thread a transfer; nothing here decides what moves.
+`TransferRun` goes the way through the table. The actions up to the decision belong to a copier (`rebalance.logical`,
+or `rebalance.locked`); what follows it, and what takes a transfer back, is the same for every copier and is here.
+Driven by `rebalance.mover`, one thread a transfer; nothing here decides what moves.
 """
 
 from __future__ import annotations
@@ -10,21 +10,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from shardkit.core.errors import MoverSuperseded, MoveWaiting
-from shardkit.core.move import ACTIONS, FINAL, Action, Event, can_abort, step
+from shardkit.core.move import ACTIONS, FINAL, Action, Event, Mode, can_abort, step
 from shardkit.core.topology import Topology
-from shardkit.storage import change, tables
+from shardkit.storage import change, servers, tables
 from shardkit.storage.catalog import Catalog, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
 
 from .clearing import Clearing
+from .locked import LockedCopier
 from .logical import LogicalCopier
 from .progress import Tracker
 from .stream import PATIENT
 from .waiting import Surroundings, Waits
+
+
+class Copier(Protocol):
+    """What carries a transfer's rows: the actions up to the decision, and how to end them and to take them back."""
+
+    def begin_phase(self) -> None: ...
+    def prepare(self) -> Event: ...
+    def copy(self) -> Event: ...
+    def catch_up(self) -> Event: ...
+    def verify(self) -> Event: ...
+    def cut_over(self) -> Event: ...
+    def on_open(self, target: Connection) -> None: ...
+    def end(self) -> None: ...
+    def take_back(self) -> None: ...
+    def stand_down(self) -> None: ...
 
 
 class TransferRun:
@@ -47,7 +63,7 @@ class TransferRun:
         )
         self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self.clearing = Clearing(self)
-        self.copier = LogicalCopier(self)
+        self.copier = self._chosen_copier()
         self._actions: dict[Action, Callable[[], Event]] = {
             Action.START: lambda: Event.STARTED,
             Action.PREPARE: self.copier.prepare,
@@ -59,6 +75,14 @@ class TransferRun:
             Action.PURGE: self._purge,
             Action.UNDO: self._undo,
         }
+
+    def _chosen_copier(self) -> Copier:
+        """By the mode that is stored for the transfer; before anything was done, a mode is chosen and stored."""
+        mode = Mode(self.row.record.get("mode", Mode.LOGICAL))
+        if mode is Mode.AUTO:
+            mode = Mode.LOGICAL if servers.replicates_logically(self.source) else Mode.LOCKED
+            self.catalog.note(self.row.id, mode=mode)
+        return LogicalCopier(self) if mode is Mode.LOGICAL else LockedCopier(self)
 
     def __enter__(self) -> TransferRun:
         return self
@@ -147,13 +171,13 @@ class TransferRun:
         return Event.OPENED
 
     def _purge(self) -> Event:
-        self.copier.drop()
+        self.copier.end()
         self.track.update(rows_expected=sum(self._certified_rows().values()))
         deleted = self.clearing.delete_rows(self.source_shard)
         for connection in (self.source, self.target):
             for table in self.tables:
                 tables.analyze(connection, table)
-        self.clearing.remove_triggers()
+        self.copier.stand_down()
         self.change(
             lambda now, version: now.unmarked(version, self.row.source, self.row.arcs), self.around.patience
         )
@@ -171,14 +195,14 @@ class TransferRun:
         self.settle()
         if self.decided():
             return Event.DECIDED
-        self.copier.drop()
+        self.copier.take_back()
         if self.topology().by_id[self.row.target].in_transit.issuperset(self.row.arcs):
             self.clearing.delete_rows(self.target_shard)
             self.change(
                 lambda now, version: now.unmarked(version, self.row.target, self.row.arcs),
                 self.around.patience,
             )
-        self.clearing.remove_triggers()
+        self.copier.stand_down()
         return Event.UNDONE
 
     def _claim_source(self) -> None:

@@ -22,7 +22,7 @@ from psycopg.types.json import Jsonb
 
 from shardkit.core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised
 from shardkit.core.keyrange import Arc, ArcSet
-from shardkit.core.move import Phase
+from shardkit.core.move import Mode, Phase
 from shardkit.core.placement import Placement
 from shardkit.core.topology import Topology
 
@@ -232,8 +232,8 @@ class Catalog:
 
     # --- jobs and transfers ----------------------------------------------------------------------------------------
 
-    def create_job(self, kind: str, goal: Placement) -> int:
-        """Store a job and its transfers, all planned; `JobRunning` if one is unfinished."""
+    def create_job(self, kind: str, goal: Placement, mode: Mode = Mode.AUTO) -> int:
+        """Store a job and its transfers, all planned, to be carried by ``mode``; `JobRunning` if one is unfinished."""
         if self.running_job() is not None:
             raise JobRunning
         with self.writing() as cursor:
@@ -243,7 +243,8 @@ class Catalog:
             )
             (job_id,) = cursor.fetchone() or (0,)
             cursor.executemany(
-                "INSERT INTO shardkit.transfers (job_id, source, target, arcs, phase) VALUES (%s, %s, %s, %s, %s)",
+                "INSERT INTO shardkit.transfers (job_id, source, target, arcs, phase, record) "
+                "VALUES (%s, %s, %s, %s, %s, %s)",
                 [
                     (
                         job_id,
@@ -251,6 +252,7 @@ class Catalog:
                         transfer.target,
                         Jsonb([list(arc) for arc in transfer.arcs]),
                         "planned",
+                        Jsonb({"mode": mode}),
                     )
                     for transfer in goal.transfers
                 ],

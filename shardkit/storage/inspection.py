@@ -14,7 +14,7 @@ from shardkit.core.topology import ShardedTable
 
 from .connections import Connection, value
 from .predicate import relation
-from .tables import IDENTITY_INDEX
+from .tables import OUR_INDEXES
 
 _PARTS = """
 SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -148,7 +148,7 @@ def unique_without_key(connection: Connection, table: ShardedTable) -> list[str]
     """What the unique constraints and indexes mean, in words, that hold on each shard alone: those without the shard
     key. Primary keys, and single UUIDs, are not given twice."""
     name = relation(table).as_string(connection)
-    found = connection.execute(_UNIQUE, {"name": name, "key": table.key, "ours": IDENTITY_INDEX})
+    found = connection.execute(_UNIQUE, {"name": name, "key": table.key, "ours": OUR_INDEXES})
     return [
         f"{index} ({columns or 'an expression'}) of {table} is unique on each shard alone, as {table.key} is not in "
         "it; and while rows move, a value of a row that has moved is still taken on its old shard until that is purged"

@@ -18,7 +18,7 @@ from . import fence as fences
 from .change import claim
 from .connections import SHORT, Connection, transaction, value
 from .failpoints import failpoint
-from .predicate import within
+from .predicate import relation, within
 
 BLOCKS_A_BATCH = 512
 _SETTINGS = (
@@ -40,6 +40,18 @@ def leaves(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
     name = sql.Identifier(table.schema, table.name).as_string(connection)
     found = [sql.Identifier(schema, leaf) for schema, leaf in connection.execute(_LEAVES, (name,))]
     return found or [sql.Identifier(table.schema, table.name)]
+
+
+def delete_few(
+    connection: Connection, table: ShardedTable, arcs: ArcSet, *, token: int, in_force: Fence
+) -> int:
+    """Delete every row of ``arcs`` in one statement, by an index on the position; otherwise as `delete_arcs`."""
+    with transaction(connection, *_SETTINGS, ("enable_seqscan", "off")):
+        claim(connection, token)
+        fences.guard(connection, in_force)
+        return connection.execute(
+            sql.SQL("DELETE FROM {} WHERE {}").format(relation(table), within(table, arcs))
+        ).rowcount
 
 
 def delete_arcs(

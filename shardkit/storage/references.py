@@ -14,7 +14,7 @@ from psycopg import sql
 from shardkit.core.errors import MoveWaiting
 from shardkit.core.topology import ReferenceTable
 
-from . import change, digest, tables
+from . import change, digest, rowcopy, tables
 from .connections import Connection, transaction
 from .digest import Digest
 from .predicate import relation
@@ -76,10 +76,5 @@ def copy(source: Connection, target: Connection, token: int, wanted: Iterable[Re
 def _copy_table(source: Connection, target: Connection, table: ReferenceTable) -> None:
     found = tables.describe(source, table)
     assert found is not None
-    columns = sql.SQL(", ").join(sql.Identifier(c.name) for c in found.columns if not c.generated)
     target.execute(sql.SQL("DELETE FROM {}").format(relation(table)))
-    read = sql.SQL("COPY (SELECT {} FROM {}) TO STDOUT").format(columns, relation(table))
-    write = sql.SQL("COPY {} ({}) FROM STDIN").format(relation(table), columns)
-    with source.cursor().copy(read) as rows, target.cursor().copy(write) as into:
-        for block in rows:
-            into.write(block)
+    rowcopy.pipe(source, target, table, [c.name for c in found.columns if not c.generated])

@@ -56,6 +56,11 @@ def settings(connection: Connection, *names: str) -> dict[str, str]:
     return dict(rows.fetchall())
 
 
+def replicates_logically(connection: Connection) -> bool:
+    """Whether rows can leave the server by logical replication; else they move in locked steps."""
+    return bool(value(connection, "SHOW wal_level") == "logical")
+
+
 def check_hash(connection: Connection) -> None:
     """Compare the known vectors; `IncompatibleServer` for a server that hashes differently (a big-endian one)."""
     row = connection.execute(_VECTOR_QUERY, VECTORS).fetchone()
@@ -71,7 +76,7 @@ def check_hash(connection: Connection) -> None:
 
 
 def check_server(connection: Connection) -> None:
-    """Whether the server can be a shard: version, wal_level, a primary, its hash.
+    """Whether the server can be a shard: version, a primary, its hash.
 
     `IncompatibleServer` names all reasons.
     """
@@ -79,11 +84,6 @@ def check_server(connection: Connection) -> None:
     version = connection.info.server_version
     if version < MINIMUM_VERSION:
         reasons.append(f"it runs PostgreSQL {version // 10000}, and 15 or newer is needed")
-    wal_level = value(connection, "SHOW wal_level")
-    if wal_level != "logical":
-        reasons.append(
-            f"its wal_level is {wal_level}, and logical is needed (ALTER SYSTEM SET wal_level = logical, then restart)"
-        )
     if value(connection, "SELECT pg_is_in_recovery()"):
         reasons.append("it is a standby")
     if reasons:

@@ -13,8 +13,10 @@ from shardkit.core.topology import DeclaredTable, KeyType, ShardedTable
 from .connections import Connection, value
 from .predicate import relation
 
-IDENTITY_INDEX = "shardkit_identity_"
-"""How the names of the indexes begin that `storage.replicaidentity` makes for the time of a job."""
+OUR_INDEXES = "shardkit_"
+"""How the names of all indexes begin that are made for the time of a job: `describe` leaves them out."""
+IDENTITY_INDEX = f"{OUR_INDEXES}identity_"
+POSITION_INDEX = f"{OUR_INDEXES}position_"
 
 # typname of the key column -> family; bpchar pads with spaces that its hash ignores, so it is none of them.
 KEY_FAMILIES: dict[str, KeyType] = {
@@ -129,7 +131,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     indexes: set[str] = set()
     primary_key: tuple[str, ...] = ()
     identity_columns: frozenset[str] = frozenset()
-    found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": IDENTITY_INDEX})
+    found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": OUR_INDEXES})
     deferrable_key = False
     for definition, name, ours, primary, replica_identity, immediate, names in found_indexes:
         if not ours:  # else it stands on one server alone, for as long as a job runs

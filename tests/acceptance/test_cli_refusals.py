@@ -10,12 +10,13 @@ import pytest
 from psycopg import sql
 
 from shardkit.dev import Clusters
+from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage import membership, servers
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections, connect, value
 from tests.acceptance.conftest import Program, contents
 from tests.fix_postgres import FreshDatabase, NewCluster
-from tests.fix_shards import SCHEMA, MakeShards, Shards, fill
+from tests.fix_shards import SCHEMA, TABLES, MakeShards, Shards, fill
 
 NOBODY = "postgresql://postgres@127.0.0.1:1/nothing"
 
@@ -145,20 +146,29 @@ def test_a_database_that_lets_nobody_in(
     call("status").failed(3, "no password supplied", "PGPASSFILE")
 
 
-def test_wal_level_below_logical(
-    one: Shards, call: Program, new_cluster: NewCluster, fresh_database: FreshDatabase
+def test_logical_moves_from_a_server_below_wal_level_logical(
+    call: Program, new_cluster: NewCluster, fresh_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(ALLOW_FSYNC_OFF, "1")
+    catalog = fresh_database(0)
+    monkeypatch.setenv("SHARDKIT_CATALOG", catalog)
+    membership.initialise(catalog)
     server = new_cluster(settings={"wal_level": "replica"})
-    url = server.create_database("app")
-    change(url, SCHEMA)
-    with untouched(one.catalog_url, url):
-        call("shard", "add", "s2", url, "--yes").failed(
-            3, "its wal_level is replica", "ALTER SYSTEM SET wal_level"
+    plain, other = server.create_database("app"), fresh_database(1)
+    for url in (plain, other):
+        change(url, SCHEMA)
+    call("shard", "add", "s1", plain).ok()
+    with Catalog.open(catalog) as opened, ShardConnections() as shards:
+        opened.take_lease()
+        membership.declare(opened, shards, TABLES)
+    with untouched(catalog, other):
+        call("shard", "add", "s2", other, "--mode", "logical", "--yes").failed(
+            3, "wal_level is not logical", "ALTER SYSTEM SET wal_level", "--mode locked"
         )
-    empty = fresh_database(0)
-    membership.initialise(empty)
-    with untouched(empty, url):
-        call("shard", "add", "s1", url, "--catalog", empty).failed(3, "its wal_level is replica")
+    shown = call("shard", "add", "s2", other, "--plan-only").ok()
+    assert "rows leave shard s1 in locked steps, as its wal_level is not logical" in " ".join(shown.out.split())
+    moved = call("shard", "add", "s2", other, "--yes", "--json").ok().document
+    assert [transfer["phase"] for transfer in moved["job"]["transfers"]] == ["done"]
 
 
 def test_a_server_that_is_too_old(

@@ -10,14 +10,18 @@ import sys
 import pytest
 
 from shardkit.core.errors import PreflightFailed
+from shardkit.core.move import Mode
 from tests.fix_shards import FencedWriter, MakeShards, Shards, fill
 
 MOVER = """
 import sys
+from shardkit.core.move import Mode
+from shardkit.rebalance import locked
 from shardkit.rebalance.mover import Mover
+locked.ROWS_A_STEP = 100
 with Mover(sys.argv[1], patience=30.0) as mover:
     if mover.catalog.running_job() is None:
-        mover.start("rebalance")
+        mover.start("rebalance", mode=Mode(sys.argv[2]))
     mover.run()
 """
 
@@ -37,12 +41,19 @@ REST = [
     "change.decided:2", "change.opened:1", "change.opened:2", "change.recorded:1", "change.recorded:2",
     "change.recorded:3", "purge.batch:1",
 ]  # fmt: skip
+LOCKED = ["locked.before decision:2", "change.decided:3", "locked.opened:2"]
+LOCKED_REST = [
+    "preparing.begin", "preparing.end", "copying.begin", "locked.step:1", "locked.step:2", "locked.before decision:1",
+    "locked.opened:1", "change.proposed:2", "change.proposed:3", "change.decided:2", "change.opened:2",
+    "change.opened:3", "change.recorded:2", "change.recorded:3", "copying.end", "cut over.begin", "purging.begin",
+    "purging.end",
+]  # fmt: skip
 
 
-def run_mover(shards: Shards, failpoint: str = "") -> int:
+def run_mover(shards: Shards, failpoint: str = "", mode: Mode = Mode.AUTO) -> int:
     environment = {**os.environ, "SHARDKIT_FAILPOINT": failpoint}
     done = subprocess.run(
-        [sys.executable, "-c", MOVER, shards.catalog_url],
+        [sys.executable, "-c", MOVER, shards.catalog_url, mode.value],
         env=environment,
         capture_output=True,
         text=True,
@@ -53,7 +64,7 @@ def run_mover(shards: Shards, failpoint: str = "") -> int:
     return done.returncode
 
 
-def killed_then_resumed(make_shards: MakeShards, failpoint: str) -> None:
+def killed_then_resumed(make_shards: MakeShards, failpoint: str, mode: Mode = Mode.AUTO) -> None:
     users = 300
     shards = make_shards(1)
     fill(shards.on("s1"), users)
@@ -62,7 +73,7 @@ def killed_then_resumed(make_shards: MakeShards, failpoint: str) -> None:
     for writer in writers:
         writer.start()
     try:
-        assert run_mover(shards, failpoint) == -signal.SIGKILL, f"the mover never passed {failpoint}"
+        assert run_mover(shards, failpoint, mode) == -signal.SIGKILL, f"the mover never passed {failpoint}"
         assert run_mover(shards) == 0
     finally:
         for writer in writers:
@@ -83,6 +94,17 @@ def test_killed_at(make_shards: MakeShards, failpoint: str) -> None:
 @pytest.mark.parametrize("failpoint", REST)
 def test_killed_at_every_other_point(make_shards: MakeShards, failpoint: str) -> None:
     killed_then_resumed(make_shards, failpoint)
+
+
+@pytest.mark.parametrize("failpoint", LOCKED)
+def test_killed_in_locked_steps_at(make_shards: MakeShards, failpoint: str) -> None:
+    killed_then_resumed(make_shards, failpoint, Mode.LOCKED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failpoint", LOCKED_REST)
+def test_killed_in_locked_steps_at_every_other_point(make_shards: MakeShards, failpoint: str) -> None:
+    killed_then_resumed(make_shards, failpoint, Mode.LOCKED)
 
 
 def test_the_preflight_is_made_again_on_resume(make_shards: MakeShards) -> None:

@@ -26,10 +26,10 @@ from shardkit.core.errors import (
 from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.topology import ShardedTable, Topology
 from shardkit.rebalance.mover import Mover
-from shardkit.storage import change, fence, membership, migrate
+from shardkit.storage import change, fence, membership, migrate, servers
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import connect, value
-from tests.fix_postgres import FreshDatabase, NewCluster
+from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import SCHEMA, TABLES, MakeShards, Shards, fill
 
 ARCS = ArcSet([slot_arc(0, 100)])
@@ -228,12 +228,15 @@ def test_a_shard_of_another_catalog_is_refused(make_shards: MakeShards) -> None:
         attempt(ours, "s2", theirs.topology().named("s1").url)
 
 
-def test_a_server_that_cannot_be_a_shard_is_refused(make_shards: MakeShards, new_cluster: NewCluster) -> None:
+def test_a_server_that_cannot_be_a_shard_is_refused(
+    make_shards: MakeShards, fresh_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = make_shards(1)
-    plain = new_cluster(settings={"wal_level": "replica"})
-    with pytest.raises(IncompatibleServer, match="wal_level is replica"):
-        attempt(shards, "s2", plain.url())
-    assert untouched(plain.url())
+    old = fresh_database(1)
+    monkeypatch.setattr(servers, "MINIMUM_VERSION", 990000)
+    with pytest.raises(IncompatibleServer, match="15 or newer is needed"):
+        attempt(shards, "s2", old)
+    assert untouched(old)
 
 
 def test_an_interrupted_join_can_be_run_again(make_shards: MakeShards, fresh_database: FreshDatabase) -> None:

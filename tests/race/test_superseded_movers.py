@@ -9,7 +9,9 @@ import pytest
 
 from shardkit.core.errors import MoverSuperseded
 from shardkit.core.move import Phase
+from shardkit.rebalance.logical import LogicalCopier
 from shardkit.rebalance.mover import Mover
+from shardkit.rebalance.stream import Stream
 from shardkit.rebalance.transfer import TransferRun
 from shardkit.rebalance.waiting import Interrupted, Surroundings
 from shardkit.storage import replication, sourceguard
@@ -44,6 +46,11 @@ def slow(make_shards: MakeShards) -> Iterator[tuple[Shards, TransferRun]]:
         yield shards, run
 
 
+def stream(run: TransferRun) -> Stream:
+    assert isinstance(run.copier, LogicalCopier)
+    return run.copier.stream
+
+
 def takes_notes(run: TransferRun) -> None:
     sourceguard.take_changes(run.source, run.row.id, run.around.token, 1000)
 
@@ -67,7 +74,7 @@ def test_a_subscription_that_was_stopped_is_not_started_again(slow: tuple[Shards
     shards, run = slow
     replication.set_enabled(shards.on("s2"), run.name, False)
     with pytest.raises(MoverSuperseded):
-        run.copier.stream.state()
+        stream(run).state()
     assert (
         value(shards.on("s2"), "SELECT subenabled FROM pg_subscription WHERE subname = %s", (run.name,))
         is False
@@ -78,10 +85,10 @@ def test_no_slot_is_made_or_dropped(slow: tuple[Shards, TransferRun]) -> None:
     shards, run = slow
     replication.drop_subscription(shards.on("s2"), run.name)
     with pytest.raises(MoverSuperseded):
-        run.copier.stream.drop_slot()
+        stream(run).drop_slot()
     assert replication.slot_exists(shards.on("s1"), run.name)
     while not replication.drop_slot(shards.on("s1"), run.name):
         pass
     with pytest.raises(MoverSuperseded):
-        run.copier.stream.create_slot()
+        stream(run).create_slot()
     assert not replication.slot_exists(shards.on("s1"), run.name)
