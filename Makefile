@@ -41,6 +41,7 @@ types: $(READY)
 
 bench: $(READY)
 	$(IN) benchmarks/run.py $(ARGS)
+	$(IN) -m benchmarks.move
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/results
