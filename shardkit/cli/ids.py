@@ -10,10 +10,10 @@ from rich.console import Console
 
 from shardkit.core.errors import NotInitialised
 from shardkit.core.residues import STRIDE_MAX
-from shardkit.storage import idsplit
+from shardkit.storage import idplan, idsplit
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
-from shardkit.storage.idsplit import Planned
+from shardkit.storage.idplan import Planned
 
 from . import jobs
 from .asking import ask, refuse_silence
@@ -24,7 +24,9 @@ from .running import PATIENCE
 Tables = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[TABLE]...", help="Tables, with their schema if need be; else all that need it.", show_default=False
+        metavar="[TABLE]...",
+        help="Tables, with their schema if need be; else all that need it.",
+        show_default=False,
     ),
 ]
 ShardsMax = Annotated[
@@ -67,13 +69,16 @@ def split(
     as well. Rows stay as they are. Run again, it sets sequences right that were altered by hand.
     """
     names = tuple(tables or ())
-    with Catalog.open(catalog, application="shardkit ids") as opened, ShardConnections("shardkit ids") as reached:
+    with (
+        Catalog.open(catalog, application="shardkit ids") as opened,
+        ShardConnections("shardkit ids") as reached,
+    ):
         topology = opened.current()
         if topology is None:
             raise NotInitialised(
                 "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
             )
-        planned = idsplit.plan(topology, reached, names, shards)
+        planned = idplan.plan(topology, reached, names, shards)
         changes = not plan_only and not all(each.done for each in planned)
         if changes:
             refuse_silence(yes, "Add --yes to alter them without asking.")
@@ -82,7 +87,9 @@ def split(
                 ask("Alter these sequences now?")
             opened.take_lease()
             planned = idsplit.split(opened, reached, names, shards, patience=patience, report=_Told())
-        todo = "the same command without --plan-only." if plan_only else jobs.next_step(opened, opened.current())
+        todo = (
+            "the same command without --plan-only." if plan_only else jobs.next_step(opened, opened.current())
+        )
     document: Document = {
         "changed": changes,
         "tables": [_entry(each) for each in planned],
@@ -135,4 +142,6 @@ def _draw(console: Console, planned: Sequence[Planned]) -> None:
     headers = ("column", "shard", "sequence", "next", "step", "left")
     console.print(table(headers, rows, right=("next", "step", "left")))
     waiting = [each for each in planned if not each.done]
-    console.print(f"{count(len(waiting), 'table')} to split, {count(len(planned) - len(waiting), 'table')} split.")
+    console.print(
+        f"{count(len(waiting), 'table')} to split, {count(len(planned) - len(waiting), 'table')} split."
+    )

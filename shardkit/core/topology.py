@@ -410,7 +410,9 @@ class Topology:
         without splits is written, and has the digest, as before there were any."""
         references = [[table.schema, table.name] for table in self.references]
         homes = [[table.schema, table.name, table.shard] for table in self.homes]
-        splits = [[split.schema, split.name, split.column, split.stride, split.floor] for split in self.splits]
+        splits = [
+            [split.schema, split.name, split.column, split.stride, split.floor] for split in self.splits
+        ]
         return {
             "version": self.version,
             "shards": [

@@ -253,9 +253,7 @@ def _primary_key_problems(table: Table, key: Column[Any]) -> Iterator[Problem]:
             "add a primary key with the shard key in it",
             fatal=False,
         )
-    elif not _holds(columns, key) and not any(
-        _unique_over_shards(column) for column in columns
-    ):
+    elif not _holds(columns, key) and not any(_unique_over_shards(column) for column in columns):
         listed = ", ".join(column.name for column in columns)
         if _numbered(table, key):
             yield Problem(

@@ -19,7 +19,7 @@ from shardkit.core.errors import (
 from shardkit.core.placement import initial
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 
-from . import change, claims, idsplit, migrate, references, servers, tables
+from . import change, claims, idjoin, migrate, references, servers, tables
 from .catalog import Catalog
 from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction
 from .failpoints import failpoint
@@ -69,7 +69,7 @@ def check_join(
     if current is not None:
         resumed = claims.read(newcomer) is not None  # of this cluster, and rows of reference tables may be there
         _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
-        idsplit.check_join(current, shards, newcomer, _next_id(current), name)
+        idjoin.check_join(current, shards, newcomer, _next_id(current), name)
     return _joined(current, catalog.next_version(), name, without_password(url), weight)
 
 
@@ -101,7 +101,7 @@ def join(
         claims.write(catalog, connection, claim, url)
         failpoint("join.claimed")
         if before is not None:
-            idsplit.enter(catalog, shards, connection, before, claim.shard_id)
+            idjoin.enter(catalog, shards, connection, before, claim.shard_id)
             failpoint("join.split")
         if before is not None and before.references:
             _copy_first(catalog, shards, before, connection)

@@ -1,7 +1,7 @@
 """Primary keys that each server numbers by itself: which they are, and whether their sequences are disjoint.
 
-Asked by `storage.idsplit`, which makes them so, by joining, by the preflight of a move and by the doctor. Changes
-nothing.
+Asked by `storage.idsplit`, which makes them so, by `storage.idjoin`, by a move before it sets sequences on, and by the
+doctor. Changes nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Numbering:
             found.append(f"it starts again with {self.start}, a number of another shard")
         if self.cycles:
             found.append("it begins again at its end (CYCLE)")
-        return [f"the sequence {self.sequence} of {split}.{split.column} was altered: {text}" for text in found]
+        return [
+            f"the sequence {self.sequence} of {split}.{split.column} was altered: {text}" for text in found
+        ]
 
 
 def column_of(connection: Connection, table: ShardedTable) -> str | None:
@@ -147,7 +149,9 @@ def problems(connection: Connection, topology: Topology, table: ShardedTable, sh
         except ValueError as error:
             return [f"the ids of {table} are recorded as split, but {error}"]
     column = column_of(connection, table) if len(topology.shards) > 1 else None
-    return [] if column is None else [f"{table}.{column}, its primary key, is numbered by each shard by itself"]
+    return (
+        [] if column is None else [f"{table}.{column}, its primary key, is numbered by each shard by itself"]
+    )
 
 
 def shared(

@@ -28,8 +28,9 @@ from sqlalchemy.schema import CreateTable
 import shardkit
 from shardkit.core.errors import IdsNotSplit, JobRunning, MoveWaiting, PreflightFailed, UsageError
 from shardkit.orm.declare import sharded_tables
+from shardkit.orm.planning import idrouting
 from shardkit.rebalance.mover import Mover
-from shardkit.storage import change, idsplit, membership, numbering
+from shardkit.storage import change, idjoin, idplan, idsplit, membership, numbering
 from shardkit.storage.connections import Connection, connect, connect_shard
 from tests.fix_shards import MakeShards, Shards, owner_of
 from tests.sharded import until
@@ -92,7 +93,7 @@ def one(make_shards: MakeShards) -> Shards:
     return make_shards(1, schema=SCHEMA, tables=TABLES)
 
 
-def split(shards: Shards, *names: str, stride: int | None = None, **options: Any) -> list[idsplit.Planned]:
+def split(shards: Shards, *names: str, stride: int | None = None, **options: Any) -> list[idplan.Planned]:
     with shards.writer() as (catalog, connections):
         return idsplit.split(catalog, connections, names, stride, **options)
 
@@ -212,9 +213,13 @@ def test_the_session_writes_and_finds_rows(two: Shards, caplog: pytest.LogCaptur
             ).all()
             made |= {post.id: post.body for post in rows}
             session.commit()
-        with cluster.sessionmaker()() as session, caplog.at_level(logging.WARNING):
+        with cluster.sessionmaker()() as session, caplog.at_level(logging.WARNING, logger="shardkit.ids"):
+            idrouting._told.clear()
             for id_, body in made.items():
                 assert session.get_one(Post, id_).body == body
+            (said,) = [record.getMessage() for record in caplog.records if record.name == "shardkit.ids"]
+            assert said.startswith("public.posts.id is compared with an id that carries no slot")
+            assert session.get(Post, 999_999) is None
             assert {post.id: post.body for post in session.scalars(select(Post))} == made
             assert len(session.scalars(select(Mark)).all()) == 12
     assert len(ids(two, "public.posts")) == 11
@@ -358,7 +363,7 @@ def test_a_number_of_a_shard_that_left_is_not_given_again(two: Shards) -> None:
     with connect_shard(url, "s3") as connection, two.writer() as (catalog, connections):
         connection.execute(SCHEMA)
         membership.join(catalog, connections, name="s3", url=url)
-        idsplit.enter(catalog, connections, connection, two.topology(), 2)
+        idjoin.enter(catalog, connections, connection, two.topology(), 2)
         found = numbering.of_column(connection, TABLES[[t.name for t in TABLES].index("posts")], "id")
     assert found.next == high + split_.stride
 
