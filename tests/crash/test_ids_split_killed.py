@@ -10,7 +10,7 @@ import shardkit
 from shardkit.cli.app import run
 from shardkit.core.errors import IdsNotSplit
 from shardkit.core.topology import ShardedTable
-from shardkit.storage import numbering
+from shardkit.storage import membership, numbering
 from shardkit.storage.connections import connect
 from tests.crash.test_joining_killed import killed_at
 from tests.fix_shards import MakeShards, Shards
@@ -36,6 +36,15 @@ class Post(Base):
     user_id: Mapped[int] = mapped_column(BigInteger)
 
 
+def two_shards(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> Shards:
+    """Two shards on which the table was made; s1 owns everything."""
+    shards = make_shards(2, schema=SCHEMA, tables=())
+    with shards.writer() as (catalog, connections):
+        membership.declare(catalog, connections, [TABLE])
+    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
+    return shards
+
+
 def settled(shards: Shards) -> bool:
     topology = shards.topology()
     return bool(topology.splits) and not any(
@@ -47,8 +56,7 @@ def settled(shards: Shards) -> bool:
 def test_killed_on_two_shards(
     point: str, make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards = make_shards(2, schema=SCHEMA, tables=(TABLE,))
-    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
+    shards = two_shards(make_shards, monkeypatch)
     shards.on("s1").execute("INSERT INTO public.posts (user_id) SELECT g FROM generate_series(1, 30) g")
     killed_at(point, "ids", "split", "--yes")
     assert not shards.topology().splits
@@ -69,8 +77,7 @@ def test_doubles_found_by_a_run_stop_the_next_one_too(
     make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A sequence was altered by hand after the split and made rows; setting it right does not hide them."""
-    shards = make_shards(2, schema=SCHEMA, tables=(TABLE,))
-    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
+    shards = two_shards(make_shards, monkeypatch)
     assert run(["ids", "split", "--yes"]) == 0
     shards.on("s1").execute("INSERT INTO public.posts (user_id) SELECT g FROM generate_series(1, 3) g")
     shards.on("s2").execute("ALTER SEQUENCE public.posts_id_seq INCREMENT 1 RESTART 2048")
