@@ -1,4 +1,4 @@
-"""The question before rows move."""
+"""The question before rows move, or sequences change."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from . import plans
 from .output import narration_console
 
 
-def refuse_silence(yes: bool) -> None:
+def refuse_silence(yes: bool, hint: str = "Add --yes to move without asking.") -> None:
     """`UsageError` if a question would have to be asked and nobody could answer it; before anything is done."""
     if not yes and not sys.stdin.isatty():
-        raise UsageError(
-            "Nobody can be asked here: stdin is no terminal.", hint="Add --yes to move without asking."
-        )
+        raise UsageError("Nobody can be asked here: stdin is no terminal.", hint=hint)
 
 
 def confirm(plan: dict[str, Any], yes: bool) -> None:
     """Show the plan on stderr and ask; `NotConfirmed` for any answer but yes."""
-    console = narration_console()
-    plans.draw(console, plan)
-    if yes:
-        return
-    console.print("Move them now? [y/N] ", end="", soft_wrap=True)
+    plans.draw(narration_console(), plan)
+    if not yes:
+        ask("Move them now?")
+
+
+def ask(question: str) -> None:
+    """`NotConfirmed` for any answer but yes."""
+    narration_console().print(f"{question} [y/N] ", end="", soft_wrap=True)
     answer = sys.stdin.readline().strip().lower()
     if answer not in ("y", "yes"):
         raise NotConfirmed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +22,7 @@ from shardkit.storage import (
     indoubt,
     inspection,
     migrate,
+    numbering,
     references,
     replicas,
     servers,
@@ -40,6 +42,7 @@ CATALOG = "catalog"
 PREPARED_SECONDS = 5.0
 """For so long no transaction that lives is being committed."""
 RESUME = "`shardkit rebalance resume` settles it."
+SPLIT = "`shardkit ids split {}` makes the sequences of all shards disjoint."
 
 
 class Level(StrEnum):
@@ -399,6 +402,26 @@ def _tables(view: View) -> Iterator[Finding]:
                 yield Finding(view.shard.name, "tables", Level.NOTE, text, todo)
 
 
+def _ids(view: View) -> Iterator[Finding]:
+    """Primary keys that servers number: whether no two shards give the same."""
+    for table in view.topology.tables:
+        split = numbering.is_split(view.topology, table)
+        found = numbering.problems(view.connection, view.topology, table, view.shard.id)
+        for text in found:
+            yield view.problem("ids", text, SPLIT.format(shlex.quote(str(table))))
+        if split is not None and not found:
+            residue = f"what leaves {view.shard.id} when divided by {split.stride:,}"
+            yield view.ok("ids", f"{table}.{split.column} is numbered by {residue}")
+        elif split is None and not found and numbering.column_of(view.connection, table) is not None:
+            yield Finding(
+                view.shard.name,
+                "ids",
+                Level.NOTE,
+                f"the primary key of {table} is numbered by this server, so no second shard can join",
+                SPLIT.format(shlex.quote(str(table))),
+            )
+
+
 def _home_table(view: View, table: HomeTable) -> Iterator[Finding]:
     if table.shard != view.shard.name:
         return
@@ -440,5 +463,6 @@ CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
     ("leftovers", _leftovers),
     ("transactions", _transactions),
     ("tables", _tables),
+    ("ids", _ids),
     ("replica", _replicas),
 )

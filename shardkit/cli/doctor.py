@@ -21,8 +21,8 @@ def doctor(catalog: CatalogUrl, as_json: AsJson = False) -> None:
     """Examine the catalog and every shard. Exit code 3 if something is wrong; each problem with its next step.
 
     Looks at: servers (version, wal_level, hash), whose shard each database is, fences and copies of the topology,
-    marks of arcs in transit, leftovers of earlier moves, transactions in doubt, the declared tables and their keys, and
-    whether reference tables are the same on all shards. Changes nothing.
+    marks of arcs in transit, leftovers of earlier moves, transactions in doubt, the declared tables and their keys,
+    sequences that number primary keys, and whether reference tables are the same on all shards. Changes nothing.
     """
     findings = examine(catalog)
     problems = [finding for finding in findings if finding.level is Level.PROBLEM]

@@ -236,6 +236,13 @@ class IdMismatch(Refused):
     """
 
 
+class IdsNotSplit(Refused):
+    """The primary key of a table is numbered by each server by itself, so it can be equal on two shards.
+
+    `shardkit ids split` makes the sequences of all shards disjoint.
+    """
+
+
 class CrossShardWrite(Refused):
     """This transaction would write to a second shard.
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 from .documents import listed, text, whole
 from .errors import NoSuchShard, TopologyInvalid
 from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
+from .residues import STRIDE_MAX
 from .ring import Ring
 
 KeyType = Literal["int", "text", "uuid"]
@@ -44,12 +45,18 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class ShardedTable:
-    """A table spread over the shards: its schema, name, key column and the type family of the key."""
+    """A table spread over the shards: its schema, name, key column and the type family of the key.
+
+    ``numbered`` is what an application knows of its model, no part of what is declared: the columns, numbered by each
+    server by itself, that alone make its primary key differ on two shards. It holds neither the shard key nor what is
+    unique over shards then, so with more than one of them it needs a `Split`.
+    """
 
     schema: str
     name: str
     key: str
     key_type: KeyType
+    numbered: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.schema}.{self.name}"
@@ -93,6 +100,21 @@ class HomeTable:
         return f"at home on shard {self.shard}"
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """That the sequences of a sharded table's column are disjoint: those of the shard with the number n give what
+    leaves n when divided by ``stride``. What was given before is not above ``floor``."""
+
+    schema: str
+    name: str
+    column: str
+    stride: int
+    floor: int
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
 WholeTable = ReferenceTable | HomeTable
 DeclaredTable = ShardedTable | WholeTable
 
@@ -121,7 +143,7 @@ class Topology:
     ``tokens`` are strictly increasing positions, the last one the largest position, so that no arc wraps round;
     ``owners[i]`` is the id of the shard that owns the positions after ``tokens[i - 1]`` up to ``tokens[i]``.
     ``tables`` are the sharded tables: what a move carries. ``whole`` are the reference and home tables, which no move
-    carries.
+    carries. ``splits`` are the sharded tables whose primary keys are numbered by disjoint sequences.
     """
 
     version: int
@@ -130,6 +152,7 @@ class Topology:
     owners: tuple[int, ...]
     tables: tuple[ShardedTable, ...] = ()
     whole: tuple[WholeTable, ...] = ()
+    splits: tuple[Split, ...] = ()
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -174,6 +197,17 @@ class Topology:
             return "a table is declared twice"
         if homeless := [table for table in self.homes if table.shard not in names]:
             return f"the home of table {homeless[0]} is no shard"
+        return self._split_problem(max(ids))
+
+    def _split_problem(self, highest: int) -> str | None:
+        names = [(split.schema, split.name) for split in self.splits]
+        if len(set(names)) < len(names):
+            return "the ids of a table are split twice"
+        for split in self.splits:
+            if (split.schema, split.name) not in self.by_table:
+                return f"the ids of {split} are split, which is no sharded table"
+            if not highest < split.stride <= STRIDE_MAX:
+                return f"the ids of {split} are split by {split.stride}, and a shard has the number {highest}"
         return None
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -207,6 +241,11 @@ class Topology:
     def homes(self) -> tuple[HomeTable, ...]:
         """The home tables."""
         return tuple(table for table in self.whole if isinstance(table, HomeTable))
+
+    @cached_property
+    def by_split(self) -> Mapping[tuple[str, str], Split]:
+        """Tables whose ids are split by (schema, name)."""
+        return {(split.schema, split.name): split for split in self.splits}
 
     @cached_property
     def _arcs(self) -> Mapping[int, ArcSet]:
@@ -356,15 +395,24 @@ class Topology:
         shard = replace(self.by_id[shard_id], replicas=tuple(urls))
         return self._next(version, [], shards=self._with_shard(shard))
 
+    def with_splits(self, version: int, splits: Iterable[Split]) -> Self:
+        """These tables have their ids split so, beside those that have it already. No fence changes: whoever has not
+        seen it refuses the tables."""
+        changed = {**self.by_split, **{(split.schema, split.name): split for split in splits}}
+        return self._next(version, [], splits=tuple(split for _, split in sorted(changed.items())))
+
     # --- JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
         """The topology as JSON values; `from_json` is the exact inverse.
 
-        What there is none of is left out, so that a topology without reference and home tables and without replicas
-        is written, and has the digest, as before there were any."""
+        What there is none of is left out, so that a topology without reference and home tables, without replicas and
+        without splits is written, and has the digest, as before there were any."""
         references = [[table.schema, table.name] for table in self.references]
         homes = [[table.schema, table.name, table.shard] for table in self.homes]
+        splits = [
+            [split.schema, split.name, split.column, split.stride, split.floor] for split in self.splits
+        ]
         return {
             "version": self.version,
             "shards": [
@@ -384,6 +432,7 @@ class Topology:
             "tables": [[t.schema, t.name, t.key, t.key_type] for t in self.tables],
             **({"references": references} if references else {}),
             **({"homes": homes} if homes else {}),
+            **({"splits": splits} if splits else {}),
         }
 
     @classmethod
@@ -404,7 +453,10 @@ class Topology:
             )
             tables = tuple(_table(*map(text, listed(entry))) for entry in listed(document["tables"]))
             tokens, owners = (tuple(map(whole, listed(document[name]))) for name in ("tokens", "owners"))
-            return cls(whole(document["version"]), shards, tokens, owners, tables, _whole_tables(document))
+            splits = tuple(_split(*listed(entry)) for entry in listed(document.get("splits", [])))
+            return cls(
+                whole(document["version"]), shards, tokens, owners, tables, _whole_tables(document), splits
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
 
@@ -417,6 +469,10 @@ def _table(schema: str, name: str, key: str, key_type: str) -> ShardedTable:
     if key_type not in KEY_TYPES:
         raise ValueError(f"no type of key: {key_type!r}")
     return ShardedTable(schema, name, key, key_type)
+
+
+def _split(schema: Any, name: Any, column: Any, stride: Any, floor: Any) -> Split:
+    return Split(text(schema), text(name), text(column), whole(stride), whole(floor))
 
 
 def _whole_tables(document: Mapping[str, Any]) -> tuple[WholeTable, ...]:

@@ -16,6 +16,7 @@ from sqlalchemy import Column, ForeignKeyConstraint, MetaData, Table, UniqueCons
 from sqlalchemy.dialects.postgresql import ExcludeConstraint
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.exc import CompileError, InvalidRequestError
+from sqlalchemy.sql.functions import next_value
 from sqlalchemy.types import TypeEngine
 
 from shardkit.core.errors import DeclarationError
@@ -119,7 +120,9 @@ def sharded_table(table: Table) -> ShardedTable | None:
     key = key_column(table)
     family = key_family(key.type)
     assert family is not None
-    declared = ShardedTable(table.schema or DEFAULT_SCHEMA, str(table.name), str(key.name), family)
+    declared = ShardedTable(
+        table.schema or DEFAULT_SCHEMA, str(table.name), str(key.name), family, numbered=_numbered(table, key)
+    )
     _checked[table] = declared
     return declared
 
@@ -250,15 +253,46 @@ def _primary_key_problems(table: Table, key: Column[Any]) -> Iterator[Problem]:
             "add a primary key with the shard key in it",
             fatal=False,
         )
-    elif not _holds(columns, key) and not any(
-        carries_slot(column) or key_family(column.type) == "uuid" for column in columns
-    ):
+    elif not _holds(columns, key) and not any(_unique_over_shards(column) for column in columns):
         listed = ", ".join(column.name for column in columns)
+        if _numbered(table, key):
+            yield Problem(
+                table.fullname,
+                f"the primary key ({listed}) is numbered by each shard by itself",
+                "before a second shard joins, `shardkit ids split` makes their sequences disjoint",
+                fatal=False,
+            )
+            return
         yield Problem(
             table.fullname,
             f"the primary key ({listed}) can be equal on two shards",
             f"put the shard key {key.name!r} into it, or use slot_id() or a UUID",
         )
+
+
+def _unique_over_shards(column: Column[Any]) -> bool:
+    return carries_slot(column) or key_family(column.type) == "uuid"
+
+
+def _numbered(table: Table, key: Column[Any]) -> tuple[str, ...]:
+    """The columns of a primary key that only a server's sequence makes differ; none if something else does."""
+    columns = list(table.primary_key.columns)
+    if _holds(columns, key) or any(map(_unique_over_shards, columns)):
+        return ()
+    return tuple(str(column.name) for column in columns if _is_numbered(column))
+
+
+def _is_numbered(column: Column[Any]) -> bool:
+    """Whether a column gets its values from a sequence by its default on the server. A Sequence that is the Python
+    default alone is named by the application, not by the table, so nothing could vouch for it."""
+    if key_family(column.type) != "int" or column.default is not None:
+        return False
+    if column.identity is not None:
+        return True
+    if column.server_default is not None:
+        default = getattr(column.server_default, "arg", None)
+        return isinstance(default, next_value) or "nextval(" in str(default)
+    return column.table.autoincrement_column is column
 
 
 def _unique_problems(table: Table) -> Iterator[Problem]:

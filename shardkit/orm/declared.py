@@ -1,13 +1,15 @@
-"""Whether the tables of a statement are those that the cluster knows: what is not declared, no move would carry."""
+"""Whether the tables of a statement are those that the cluster knows: what is not declared, no move would carry; and
+what each server numbers by itself must be known to be numbered apart."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
 from sqlalchemy import FromClause, Table
 
-from shardkit.core.errors import DeclarationError, UnroutableQuery
-from shardkit.core.topology import DeclaredTable, Topology
+from shardkit.core.errors import DeclarationError, IdsNotSplit, UnroutableQuery
+from shardkit.core.topology import DeclaredTable, ShardedTable, Topology
 
 from .declare import declared_table
 
@@ -25,6 +27,33 @@ def declares(topology: Topology, tables: Iterable[DeclaredTable]) -> bool:
                 table=str(table),
             )
     return True
+
+
+def unsplit(topology: Topology, tables: Iterable[DeclaredTable]) -> list[DeclaredTable]:
+    """Those of the tables, declared here, of which rows of two shards may have one primary key: an identity map would
+    take them for one object."""
+    if len(topology.shards) == 1:
+        return []
+    return [
+        table
+        for table in tables
+        if isinstance(table, ShardedTable)
+        and table.numbered
+        and not (
+            (split := topology.by_split.get((table.schema, table.name))) and split.column in table.numbered
+        )
+    ]
+
+
+def not_split(names: Iterable[str]) -> IdsNotSplit:
+    """The refusal of such tables."""
+    listed = sorted(names)
+    return IdsNotSplit(
+        f"The primary key of {', '.join(listed)} is numbered by each shard by itself, and rows of two shards that have "
+        "the same would be one object.",
+        hint=f"`shardkit ids split {shlex.join(listed)}` makes the sequences of all shards disjoint.",
+        tables=listed,
+    )
 
 
 def declared_of(table: FromClause) -> DeclaredTable:

@@ -19,14 +19,19 @@ import psycopg
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from shardkit.core.errors import ShardUnreachable, TopologyChanged, TopologyUnsettled, UndeclaredTable
+from shardkit.core.errors import (
+    ShardUnreachable,
+    TopologyChanged,
+    TopologyUnsettled,
+    UndeclaredTable,
+)
 from shardkit.core.topology import DeclaredTable, Shard, Topology
 from shardkit.storage.dialect import behind
 from shardkit.storage.guard import Guard, GuardedAsyncConnection, GuardedConnection, StaleFence
 from shardkit.storage.scope import Participant, Scope
 from shardkit.storage.snapshots import Source
 
-from .declared import declares
+from .declared import declares, not_split, unsplit
 
 if TYPE_CHECKING:
     from .session import ShardSession
@@ -45,6 +50,11 @@ class Routed(Protocol):
 
 
 R = TypeVar("R", bound=Routed)
+
+
+def _admits(topology: Topology, tables: Collection[DeclaredTable]) -> bool:
+    """Whether statements on these tables may run under a topology."""
+    return declares(topology, tables) and not unsplit(topology, tables)
 
 
 class ShardTransaction:
@@ -73,11 +83,11 @@ class ShardTransaction:
         """The route under one topology that holds ``tables``, every shard of it held. Nothing was sent but guards.
 
         A shard that does not answer is noted in ``away`` and left out, if that is given.
-        Raises `TopologyChanged`, `TopologyUnsettled`, `ShardUnreachable`, `UndeclaredTable`, and `CrossShardWrite`
-        before any shard is opened for it.
+        Raises `TopologyChanged`, `TopologyUnsettled`, `ShardUnreachable`, `UndeclaredTable`, `IdsNotSplit`, and
+        `CrossShardWrite` before any shard is opened for it.
         """
         topology = self.topology
-        if topology is not None and declares(topology, tables) and self._holds_all(topology):
+        if topology is not None and _admits(topology, tables) and self._holds_all(topology):
             found = route(topology)
             if self.scope.participants.keys() >= set(found.shards):
                 if writes:
@@ -95,8 +105,8 @@ class ShardTransaction:
         topology = self.topology or self._cluster.router.topology
         waiting = Waiting(self._engines.pause, self._cluster.settle_seconds)
         while True:
-            if not declares(topology, tables):
-                topology = self._declaring(topology, tables)
+            if not _admits(topology, tables):
+                topology = self._admitting(topology, tables)
             found = route(topology)
             if writes:
                 self._admit(found.shards, topology)
@@ -136,15 +146,18 @@ class ShardTransaction:
         """The engine of a shard that is held."""
         return self._opened[shard_id].engine
 
-    def _declaring(self, topology: Topology, tables: Collection[DeclaredTable]) -> Topology:
-        """A newer topology that holds the tables; `UndeclaredTable`."""
+    def _admitting(self, topology: Topology, tables: Collection[DeclaredTable]) -> Topology:
+        """A newer topology that holds the tables; `UndeclaredTable`, `IdsNotSplit`."""
         newer = self._cluster.router.newer_than(topology.version, self._engines)
-        if newer is None or not declares(newer, tables):
-            missing = ", ".join(str(table) for table in tables if not declares(newer or topology, (table,)))
+        if newer is not None and _admits(newer, tables):
+            return newer
+        latest = newer or topology
+        if not declares(latest, tables):
+            missing = ", ".join(str(table) for table in tables if not declares(latest, (table,)))
             raise UndeclaredTable(
                 f"Not declared to the cluster: {missing}. A move would not carry its rows.", tables=missing
             )
-        return newer
+        raise not_split(map(str, unsplit(latest, tables)))
 
     def _admit(self, shard_ids: Iterable[int], topology: Topology) -> None:
         previous: Shard | None = None

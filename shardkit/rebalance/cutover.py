@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.storage import change, inspection, replication, sequences, sourceguard
+from shardkit.storage import change, inspection, numbering, replication, sequences, sourceguard
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
@@ -44,9 +44,9 @@ class Cutover:
         self._run = run
         self._verifier = verifier
         self._moments: dict[str, float] = {}
-        self._sequences = [
-            pair for table in run.tables for pair in sequences.shared(run.source, run.target, table)
-        ]
+        self._sequences = numbering.shared(
+            run.source, run.target, run.topology(), run.tables, run.target_shard.id
+        )
 
     def clock(self, moment: str) -> None:
         """Note a moment; the last attempt counts."""

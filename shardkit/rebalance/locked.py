@@ -30,6 +30,7 @@ from shardkit.storage import (
     digest,
     fence,
     inspection,
+    numbering,
     positionindex,
     purge,
     replication,
@@ -287,7 +288,7 @@ class LockedCopier:
                 self._copied[table] = rowcopy.pipe(giving, taking, table, written, within(table, piece))
                 self._compare(giving, taking, table, [name for name, _ in columns], piece)
             self._committed = True
-        pairs = [pair for table in run.tables for pair in sequences.shared(giving, taking, table)]
+        pairs = numbering.shared(giving, taking, run.topology(), run.tables, taker.id)
         sequences.pass_over(giving, taking, pairs)
         failpoint("locked.before decision")
 
@@ -325,7 +326,9 @@ class LockedCopier:
         run = self._run
         found = [inspection.shape(run.probes.get(shard), run.tables, run.row.id) for shard in (giver, taker)]
         if found != self._alike:
-            preflight.check_tables(run.tables, run.source_shard, run.target_shard, run.probes, Mode.LOCKED)
+            preflight.check_tables(
+                run.topology(), run.tables, run.source_shard, run.target_shard, run.probes, Mode.LOCKED
+            )
             self._alike = found
         return found[0], found[1]
 

@@ -180,7 +180,9 @@ class LogicalCopier:
         run = self._run
         if not self._same_servers():
             return Event.SERVER_CHANGED
-        preflight.check_tables(run.tables, run.source_shard, run.target_shard, run.probes, Mode.LOGICAL)
+        preflight.check_tables(
+            run.topology(), run.tables, run.source_shard, run.target_shard, run.probes, Mode.LOGICAL
+        )
         record = run.catalog.transfer(run.row.id).record
         run.track.update(rows_expected=record["rows_expected"])
         self._verifier = Verifier(

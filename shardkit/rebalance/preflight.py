@@ -10,7 +10,7 @@ import psycopg
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.move import Mode
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import indoubt, inspection, replication, sequences, servers, tables
+from shardkit.storage import indoubt, inspection, numbering, replication, sequences, servers, tables
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
@@ -34,7 +34,7 @@ def check(
         reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
         reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
     for table in topology.tables:
-        reasons += _table(table, here, there, source, target)
+        reasons += _table(topology, table, here, there, source, target)
         if replicated:
             reasons += _unreplicated(table, here, there, source, target)
     if not topology.tables:
@@ -52,14 +52,19 @@ def check(
 
 
 def check_tables(
-    sharded: Iterable[ShardedTable], source: Shard, target: Shard, shards: ShardConnections, mode: Mode
+    topology: Topology,
+    sharded: Iterable[ShardedTable],
+    source: Shard,
+    target: Shard,
+    shards: ShardConnections,
+    mode: Mode,
 ) -> None:
     """Raise `PreflightFailed` where a table has become one whose rows cannot move in this mode, as by DDL during the
     move."""
     here, there = shards.get(source), shards.get(target)
     reasons = []
     for table in sharded:
-        reasons += _table(table, here, there, source, target)
+        reasons += _table(topology, table, here, there, source, target)
         if mode is Mode.LOGICAL:
             reasons += _unreplicated(table, here, there, source, target)
     if reasons:
@@ -154,7 +159,12 @@ def _receiver(target: Connection, tables_to_copy: int) -> list[str]:
 
 
 def _table(
-    table: ShardedTable, here: Connection, there: Connection, source: Shard, target: Shard
+    topology: Topology,
+    table: ShardedTable,
+    here: Connection,
+    there: Connection,
+    source: Shard,
+    target: Shard,
 ) -> list[str]:
     mine, other = tables.describe(here, table), tables.describe(there, table)
     reasons = tables.differences(table, mine, other)
@@ -173,7 +183,8 @@ def _table(
         f"column {table}.{column} is {shown}: what its values name (large objects, say) is not carried along"
         for column, shown in inspection.of_this_server(here, table)
     ]
-    return reasons + sequences.problems(here, there, table)
+    apart = numbering.apart(there, topology, table, target.id)
+    return reasons + sequences.problems(here, there, table, apart)
 
 
 def _unreplicated(
@@ -201,7 +212,7 @@ def _unreplicated(
         ]
     if mine.kind == "p" and table.key not in mine.identity_columns:
         reasons.append(f"partitioned table {table} has no primary key that holds {table.key}")
-    if not _key_is_indexed(here, table):
+    if not inspection.is_indexed(here, table, table.key):
         reasons.append(
             f"table {table} has no index that begins with {table.key}: the last comparison would read all of it"
         )
@@ -210,20 +221,6 @@ def _unreplicated(
 
 def _name(table: ShardedTable, connection: Connection) -> str:
     return relation(table).as_string(connection)
-
-
-def _key_is_indexed(connection: Connection, table: ShardedTable) -> bool:
-    return (
-        value(
-            connection,
-            """
-            SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-            WHERE i.indrelid = %s::regclass AND i.indisvalid AND i.indpred IS NULL AND a.attname = %s
-            """,
-            (_name(table, connection), table.key),
-        )
-        is not None
-    )
 
 
 def _reachable(here: Connection, there: Connection, source: Shard, target: Shard) -> list[str]:

@@ -26,6 +26,7 @@ from . import fence, indoubt
 from .catalog import Catalog
 from .connections import SHORT, Connection, ShardConnections, transaction
 from .failpoints import failpoint
+from .topologies import write_copy
 
 LOCK_TIMEOUT = 0.05
 """Seconds that a closing lock may wait, and so the longest that applications queue behind it."""
@@ -120,6 +121,14 @@ def drain(catalog: Catalog, shards: ShardConnections, *, report: Report = lambda
         if fence.relations(shards.get(shard)) != {shard.fence.relation}:
             _close(catalog, shards, current, current, shard.id, None, report, lambda moment: None, 60.0)
     report(None)
+
+
+def announce(catalog: Catalog, shards: ShardConnections, topology: Topology) -> None:
+    """Give every shard its copy of a topology that changed no fence."""
+    for shard in topology.shards:
+        with (connection := shards.get(shard)).transaction():
+            claim(connection, _token(catalog))
+            write_copy(connection, topology, shard.id)
 
 
 def _token(catalog: Catalog) -> int:

@@ -105,6 +105,10 @@ WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backen
   AND clock_timestamp() - coalesce(a.xact_start, x.prepared) > make_interval(secs => %(seconds)s)
 ORDER BY coalesce(a.xact_start, x.prepared) LIMIT 1
 """
+_INDEXED = """
+SELECT 1 FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+WHERE i.indrelid = %s::regclass AND i.indisvalid AND i.indpred IS NULL AND a.attname = %s
+"""
 
 
 def parts(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
@@ -165,7 +169,16 @@ class Against(Enum):
 
 def holder(connection: Connection, table: ShardedTable, against: Against, seconds: float) -> str | None:
     """A session, in words, whose transaction lasts longer than ``seconds`` and that DDL on the table would wait for."""
-    name = relation(table).as_string(connection)
+    return holder_of(connection, relation(table).as_string(connection), against, seconds)
+
+
+def holder_of(connection: Connection, name: str, against: Against, seconds: float) -> str | None:
+    """The same for a table or a sequence by its name, qualified and quoted."""
     everybody = against is Against.EVERYBODY
     found = value(connection, _HOLDER, {"name": name, "everybody": everybody, "seconds": seconds})
     return None if found is None else str(found)
+
+
+def is_indexed(connection: Connection, table: ShardedTable, column: str) -> bool:
+    """Whether an index of all rows begins with the column."""
+    return value(connection, _INDEXED, (relation(table).as_string(connection), column)) is not None

@@ -19,11 +19,10 @@ from shardkit.core.errors import (
 from shardkit.core.placement import initial
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 
-from . import change, claims, migrate, references, servers, tables
+from . import change, claims, idjoin, migrate, references, servers, tables
 from .catalog import Catalog
 from .connections import Connection, ShardConnections, connect_catalog, connect_shard, transaction
 from .failpoints import failpoint
-from .topologies import write_copy
 from .urls import without_password
 
 
@@ -53,8 +52,8 @@ def check_join(
     """The topology as it would be with this database as a shard; changes nothing.
 
     ``newcomer`` is a connection to the database. Refuses: a name in use, a database that is a shard already, a server
-    that cannot be one, tables that are missing, differ or hold rows. Needs every other shard to answer. A joining
-    that was interrupted recognises itself by name, URL and weight.
+    that cannot be one, tables that are missing, differ or hold rows, primary keys that both would number. Needs every
+    other shard to answer. A joining that was interrupted recognises itself by name, URL and weight.
     """
     current = catalog.proposed() or catalog.current()  # a pending one is what `join` begins with
     if catalog.running_job() is not None:
@@ -70,6 +69,7 @@ def check_join(
     if current is not None:
         resumed = claims.read(newcomer) is not None  # of this cluster, and rows of reference tables may be there
         _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
+        idjoin.check_join(current, shards, newcomer, _next_id(current), name)
     return _joined(current, catalog.next_version(), name, without_password(url), weight)
 
 
@@ -84,9 +84,10 @@ def join(
 ) -> Topology:
     """A database becomes a shard that owns nothing yet; the first one owns everything.
 
-    It holds the rows of the reference tables before it is one. The caller holds the lease. Can be run again after it
-    was interrupted. What `check_join` refuses changes nothing. ``patience`` is how long, in seconds, it waits for the
-    transactions that may write reference tables without it; then `MoveWaiting`, and nothing has changed.
+    It holds the rows of the reference tables, and its sequences are set apart from others', before it is one. The
+    caller holds the lease. Can be run again after it was interrupted. What `check_join` refuses changes nothing.
+    ``patience`` is how long, in seconds, it waits for the transactions that may write reference tables without it;
+    then `MoveWaiting`, and nothing has changed.
     """
     change.settle(catalog, shards)
     url = without_password(url)
@@ -99,6 +100,9 @@ def join(
         claim = claims.Claim(catalog.cluster_id(), expected.named(name).id, name)
         claims.write(catalog, connection, claim, url)
         failpoint("join.claimed")
+        if before is not None:
+            idjoin.enter(catalog, shards, connection, before, claim.shard_id)
+            failpoint("join.split")
         if before is not None and before.references:
             _copy_first(catalog, shards, before, connection)
 
@@ -151,8 +155,11 @@ def _joined(current: Topology | None, version: int, name: str, url: str, weight:
     if current is None:
         tokens, owners = initial({0: weight})
         return Topology.first(version, [(0, name, url, weight)], tokens, owners)
-    shard_id = max(shard.id for shard in current.shards) + 1
-    return current.joined(version, shard_id=shard_id, name=name, url=url, weight=weight)
+    return current.joined(version, shard_id=_next_id(current), name=name, url=url, weight=weight)
+
+
+def _next_id(current: Topology) -> int:
+    return max(shard.id for shard in current.shards) + 1
 
 
 def _check_tables(
@@ -202,10 +209,7 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTa
         raise JobRunning
     check_declared(current, shards, added)
     topology = change.apply(catalog, shards, lambda before, version: _declared(before, version, added))
-    for shard in topology.shards:
-        with (connection := shards.get(shard)).transaction():
-            change.claim(connection, catalog.token or 0)
-            write_copy(connection, topology, shard.id)
+    change.announce(catalog, shards, topology)
     return topology
 
 

@@ -90,10 +90,14 @@ def of_table(connection: Connection, table: ShardedTable) -> dict[str, str]:
     return {column: sequence for column, sequence in rows if sequence is not None}
 
 
-def shared(source: Connection, target: Connection, table: ShardedTable) -> list[tuple[str, str]]:
-    """The sequences, of source and target, of each column that is numbered on both."""
+def shared(
+    source: Connection, target: Connection, table: ShardedTable, apart: frozenset[str] = frozenset()
+) -> list[tuple[str, str]]:
+    """The sequences, of source and target, of each column that is numbered on both; without those of the target that
+    are ``apart``: they never give what others give, and to set them on would only use them up."""
     theirs = of_table(target, table)
-    return [(ours, theirs[column]) for column, ours in of_table(source, table).items() if column in theirs]
+    found = [(ours, theirs[column]) for column, ours in of_table(source, table).items() if column in theirs]
+    return [(ours, other) for ours, other in found if other not in apart]
 
 
 def states(connection: Connection, names: list[str]) -> dict[str, Sequence]:
@@ -106,9 +110,11 @@ def states(connection: Connection, names: list[str]) -> dict[str, Sequence]:
     return {row[0]: Sequence(*row) for row in found}
 
 
-def problems(source: Connection, target: Connection, table: ShardedTable) -> list[str]:
+def problems(
+    source: Connection, target: Connection, table: ShardedTable, apart: frozenset[str] = frozenset()
+) -> list[str]:
     """Why the target could not number rows of the table after a move."""
-    pairs = shared(source, target, table)
+    pairs = shared(source, target, table, apart)
     ours = states(source, [mine for mine, _ in pairs])
     theirs = states(target, [other for _, other in pairs])
     found = [theirs[other].problem(ours[mine]) for mine, other in pairs]

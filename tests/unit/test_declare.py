@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Numeric,
+    Sequence,
     SmallInteger,
     String,
     Table,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     UniqueConstraint,
     Uuid,
     func,
+    text,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -228,15 +231,59 @@ def test_a_key_that_can_be_null_is_refused() -> None:
 
 def test_a_primary_key_holds_the_shard_key_or_is_a_uuid() -> None:
     k = Column("k", BigInteger, nullable=False)
-    assert "can be equal on two shards" in fatal(table(k, Column("id", Integer, primary_key=True)))
+    given = Column("id", Integer, primary_key=True, autoincrement=False)
+    assert "can be equal on two shards" in fatal(table(k, given))
     k = Column("k", BigInteger, nullable=False)
     assert sharded_table(table(k, Column("id", Uuid, primary_key=True)))
     k = Column("k", BigInteger, primary_key=True)
     assert sharded_table(table(k, Column("id", Integer, primary_key=True)))
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Column("id", Integer, primary_key=True),
+        lambda: Column("id", SmallInteger, Identity(), primary_key=True),
+        lambda: Column("id", BigInteger, Identity(always=True), primary_key=True),
+        lambda: Column("id", Integer, primary_key=True, server_default=Sequence("s").next_value()),
+        lambda: Column("id", Integer, primary_key=True, server_default=text("nextval('s'::regclass)")),
+    ],
+)
+def test_a_primary_key_that_the_server_numbers_is_noted(made: Callable[[], Column[Any]]) -> None:
+    found = table(Column("k", BigInteger, nullable=False), made())
+    declared = sharded_table(found)
+    assert declared is not None
+    assert declared.numbered == ("id",)
+    (problem,) = problems(found.metadata)
+    assert "is numbered by each shard by itself" in problem.what
+    assert not problem.fatal
+    # It is what an application knows of its model, not what is declared.
+    assert declared == ShardedTable("public", "t", "k", "int")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Column("id", Integer, primary_key=True, default=lambda: 5),
+        lambda: Column("id", Integer, Sequence("s"), primary_key=True),
+        lambda: Column("id", Integer, primary_key=True, server_default=text("5")),
+        lambda: Column("id", String, primary_key=True, server_default=text("nextval('s'::regclass)::text")),
+    ],
+)
+def test_a_primary_key_that_nothing_vouches_for_is_refused(made: Callable[[], Column[Any]]) -> None:
+    found = table(Column("k", BigInteger, nullable=False), made())
+    assert "can be equal on two shards" in fatal(found)
+
+
+def test_what_else_is_unique_needs_no_split() -> None:
+    k = Column("k", BigInteger, primary_key=True, autoincrement=False)
+    declared = sharded_table(table(k, Column("id", Integer, Identity(), primary_key=True)))
+    assert declared is not None
+    assert declared.numbered == ()
+
+
 def test_all_that_is_wrong_is_told_at_once() -> None:
-    wrong = table(Column("k", Numeric), Column("id", Integer, primary_key=True))
+    wrong = table(Column("k", Numeric), Column("id", Integer, primary_key=True, autoincrement=False))
     with pytest.raises(DeclarationError) as caught:
         sharded_table(wrong)
     assert len(caught.value.fields["problems"]) == 3

@@ -16,9 +16,10 @@ from typing import Any
 from sqlalchemy import Table
 from sqlalchemy.sql.elements import ColumnClause
 
-from shardkit.core.ids import Carrier
+from shardkit.core.ids import Carrier, Layout
 from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.topology import KeyType, Topology
+from shardkit.orm import declare
 
 from .carriers import carried, carriers
 from .recorder import MISSING, Call, Slot
@@ -26,6 +27,8 @@ from .recorder import MISSING, Call, Slot
 logger = logging.getLogger("shardkit.ids")
 
 _told: set[str] = set()
+_NEVER = Carrier(Layout.TIMED, floor=1 << 63)
+"""That of a column whose values carry no slot."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,11 +45,17 @@ class IdConstraint:
 
 
 def carrier_of(element: Any, source: Any) -> Carrier | None:
-    """How the values of a bare column of a sharded FROM carry their slot, if they do."""
+    """How the values of a bare column of a sharded FROM carry their slot, if they do. Of a primary key that servers
+    number none does; it is taken for such a one so that the log can say so."""
     table = source if isinstance(source, Table) else getattr(source, "element", None)
     if not isinstance(element, ColumnClause) or not isinstance(table, Table):
         return None
-    return carriers(table).get(str(element.name))
+    name = str(element.name)
+    found = carriers(table).get(name)
+    if found is None and declare.is_sharded(table):
+        declared = declare.sharded_table(table)
+        return _NEVER if declared is not None and name in declared.numbered else None
+    return found
 
 
 def possible_slots(
