@@ -35,6 +35,7 @@ from shardkit.core.topology import Topology
 from shardkit.orm.declare import key_column, sharded, sharded_tables
 from shardkit.orm.dispatch import Finishing
 from shardkit.orm.planning.clock import ask, telling
+from shardkit.orm.planning.freezing import frozen
 from shardkit.orm.planning.plan import Plan, ShardPart
 from shardkit.orm.planning.routing import Planner
 from shardkit.storage.urls import sqlalchemy_url
@@ -205,6 +206,7 @@ class _Dispatch:
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         session = self._session
+        statement = frozen(statement)
         plan = session.fleet.planner.plan(statement, parameters or None, execution_options)
         session.plans.append(plan)
         route = plan.route(session.fleet.topology)

@@ -17,6 +17,7 @@ from shardkit.core.errors import ReferenceDiffers
 
 from . import replicas, replicated
 from .planning.clock import telling
+from .planning.freezing import frozen
 from .planning.gather import Interleaved, Rows, Same, gather
 from .planning.whole import EveryShardPlan
 
@@ -44,6 +45,7 @@ def execute(
     execution_options = options.get("execution_options") or {}
     if execution_options.get("autoflush", True):
         session._autoflush()
+    statement = frozen(statement)
     plan = session.cluster.planner.plan(statement, parameters, execution_options)
     replicas.refuse_write(replicas.wanted({**statement._execution_options, **execution_options}))
     route = session.provision(plan)

@@ -25,6 +25,7 @@ from shardkit.storage.dialect import WRITES
 
 from . import byhand, partial, remembered, replicas, replicated, scatterpolicy
 from .planning.clock import Times, telling
+from .planning.freezing import frozen
 from .planning.routing import Parameters, Plan, Route, ShardPart
 from .planning.whole import EveryShardPlan
 
@@ -103,6 +104,7 @@ class Dispatch:
         execution_options: Mapping[str, Any] | None = None,
     ) -> CursorResult[Any]:
         """Run a statement where it belongs; as ``Connection.execute``."""
+        statement = frozen(statement)
         own = statement._execution_options
         options: Mapping[str, Any] = {**own, **(execution_options or {})} if own else execution_options or {}
         bound = remembered.bound(statement, options) if remembered.REFRESHING in options else None
