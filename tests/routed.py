@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
@@ -33,6 +34,8 @@ from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.orm.declare import key_column, sharded, sharded_tables
 from shardkit.orm.dispatch import Finishing
+from shardkit.orm.planning.clock import ask, telling
+from shardkit.orm.planning.freezing import frozen
 from shardkit.orm.planning.plan import Plan, ShardPart
 from shardkit.orm.planning.routing import Planner
 from shardkit.storage.urls import sqlalchemy_url
@@ -203,18 +206,20 @@ class _Dispatch:
 
     def execute(self, statement: Any, parameters: Any = None, *, execution_options: Any = None) -> Any:
         session = self._session
+        statement = frozen(statement)
         plan = session.fleet.planner.plan(statement, parameters or None, execution_options)
         session.plans.append(plan)
         route = plan.route(session.fleet.topology)
         first = session.connections[next(iter(route.shards))]
-        finish = Finishing(first, ShardPart(statement, parameters), execution_options or {})
-        parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
-        results = {
-            number: session.connections[number].execute(
-                part.statement, part.parameters, execution_options=execution_options
-            )
-            for number, part in parts.items()
-        }
+        times = cache(lambda: ask(session.connections[0])) if plan.asks_the_time else None
+        finish = Finishing(first, ShardPart(statement, parameters), execution_options or {}, times)
+        results = {}
+        for number, part in route.shards.items():
+            connection = session.connections[number]
+            with nullcontext() if times is None else telling(connection, times):
+                results[number] = connection.execute(
+                    part.statement, part.parameters, execution_options=execution_options
+                )
         if route.merge is None:
             return next(iter(results.values()))
         return route.merge.merged(results, finish)

@@ -1,7 +1,8 @@
 """Bulk operations of the ORM: rows split by their keys, each shard's rows given to SQLAlchemy as one operation.
 
 Driven by `ShardSession.execute`. SQLAlchemy's bulk insert and bulk update by primary key take their connection from
-the session's transaction, so each shard is pinned in turn; sync and async alike.
+the session's transaction, so each shard is pinned in turn; sync and async alike. What SQLAlchemy adds to the rows, the
+defaults of columns, has one clock on all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from sqlalchemy.engine import Result
 from shardkit.core.errors import ReferenceDiffers
 
 from . import replicas, replicated
+from .planning.clock import telling
+from .planning.freezing import frozen
 from .planning.gather import Interleaved, Rows, Same, gather
 from .planning.whole import EveryShardPlan
 
@@ -42,14 +45,17 @@ def execute(
     execution_options = options.get("execution_options") or {}
     if execution_options.get("autoflush", True):
         session._autoflush()
+    statement = frozen(statement)
     plan = session.cluster.planner.plan(statement, parameters, execution_options)
     replicas.refuse_write(replicas.wanted({**statement._execution_options, **execution_options}))
     route = session.provision(plan)
     if isinstance(plan, EveryShardPlan):
         replicated.lock(session, plan.target, route.shards)
     results: dict[int, Result[Any]] = {}
+    times = session.shards.times()
     for shard_id, part in route.shards.items():
-        with session.pinned(session.shards.engine(shard_id)):
+        one_clock = telling(session.shards.connection(shard_id), times)
+        with session.pinned(session.shards.engine(shard_id)), one_clock:
             results[shard_id] = run(part.statement, part.parameters, **options)
     first = next(iter(results.values()))
     if route.merge is None or not statement._returning:  # type: ignore[attr-defined]

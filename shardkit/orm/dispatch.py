@@ -11,12 +11,12 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, CursorResult, Executable, func, select
+from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.util.concurrency import await_, greenlet_spawn
 
 from shardkit.core.errors import UnmergeableQuery
@@ -24,7 +24,8 @@ from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
 from . import byhand, partial, remembered, replicas, replicated, scatterpolicy
-from .planning.prepared import NOW
+from .planning.clock import Times, telling
+from .planning.freezing import frozen
 from .planning.routing import Parameters, Plan, Route, ShardPart
 from .planning.whole import EveryShardPlan
 
@@ -44,11 +45,18 @@ class Finishing:
     """What a merge may do beside reading results (`merge.Finish`), on one connection of the route, for the statement
     that was given."""
 
-    def __init__(self, connection: Connection, given: ShardPart, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        given: ShardPart,
+        options: Mapping[str, Any],
+        times: Callable[[], Times] | None = None,
+    ) -> None:
+        """``times`` says what time it is, if the statement asks."""
         self._connection = connection
         self._given = given
         self._options = options
-        self._now: Any = None
+        self._times = times
 
     def run(self, statement: Executable, parameters: Mapping[str, Any]) -> CursorResult[Any]:
         """Run a statement of the merge's own."""
@@ -63,24 +71,16 @@ class Finishing:
         statement, parameters = self._given
         return self._connection.execute(statement, parameters, execution_options=options)
 
-    def now(self) -> Any:
-        """When the transaction began there."""
-        if self._now is None:
-            self._now = self._connection.execute(select(func.now())).scalar()
-        return self._now
-
-    def with_time(self, parts: Mapping[int, ShardPart]) -> dict[int, ShardPart]:
-        """The parts of a route, with that time."""
-        now = {NOW: self.now()}
-        return {
-            shard_id: part._replace(parameters={**cast(Mapping[str, Any], part.parameters), **now})
-            for shard_id, part in parts.items()
-        }
+    def times(self) -> Times:
+        """What time it is for all shards of the statement."""
+        assert self._times is not None
+        return self._times()
 
     def instead(self, statement: Executable) -> CursorResult[Any]:
         """Run the given statement in another form."""
         parameters = self._given.parameters
-        return self._connection.execute(statement, parameters, execution_options=self._options)
+        with nullcontext() if self._times is None else telling(self._connection, self._times):
+            return self._connection.execute(statement, parameters, execution_options=self._options)
 
 
 class Dispatch:
@@ -104,6 +104,7 @@ class Dispatch:
         execution_options: Mapping[str, Any] | None = None,
     ) -> CursorResult[Any]:
         """Run a statement where it belongs; as ``Connection.execute``."""
+        statement = frozen(statement)
         own = statement._execution_options
         options: Mapping[str, Any] = {**own, **(execution_options or {})} if own else execution_options or {}
         bound = remembered.bound(statement, options) if remembered.REFRESHING in options else None
@@ -142,13 +143,17 @@ class Dispatch:
         route = session.provision(plan, partial.wanted(options), shards)
         if plan.writes:
             options = {**options, WRITES: True}
+        times = shards.times() if plan.asks_the_time else None
         if route.merge is None:
             ((shard_id, part),) = route.shards.items()
             connection = shards.connection(shard_id)
-            return connection.execute(part.statement, part.parameters, execution_options=options)
+            if times is None or shard_id == shards.first:
+                return connection.execute(part.statement, part.parameters, execution_options=options)
+            with telling(connection, times):
+                return connection.execute(part.statement, part.parameters, execution_options=options)
         if isinstance(plan, EveryShardPlan):
             return replicated.execute(session, plan.target, route, options)
-        return self._on_several(route, given, options, shards, one_first=plan.one_first)
+        return self._on_several(route, given, options, shards, times, one_first=plan.one_first)
 
     def scalar(
         self,
@@ -166,6 +171,7 @@ class Dispatch:
         given: ShardPart,
         options: Mapping[str, Any],
         shards: ShardTransaction,
+        times: Callable[[], Times] | None,
         *,
         one_first: bool,
     ) -> CursorResult[Any]:
@@ -179,13 +185,19 @@ class Dispatch:
         def work(shard_id: int) -> _Work:
             part, connection = parts[shard_id], connections[shard_id]
             values = part.parameters if first is None else replicated.with_defaults(part.parameters, first)
-            return lambda: connection.execute(part.statement, values, execution_options=sent)
+
+            def run() -> CursorResult[Any]:
+                return connection.execute(part.statement, values, execution_options=sent)
+
+            return run if times is None else telling(connection, times)(run)
 
         assert route.merge is not None
         if route.merge.as_text:
             _vet_text(connections.values())
-        finish = Finishing(next(iter(connections.values())), given, options)
-        parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
+        finish = Finishing(next(iter(connections.values())), given, options, times)
+        if times is not None:
+            times()  # while its connection is not in use
+        parts = route.shards
         first: CursorResult[Any] | None = None
         before: dict[int, CursorResult[Any]] = {}
         if one_first:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import psycopg
@@ -32,6 +33,7 @@ from shardkit.storage.scope import Participant, Scope
 from shardkit.storage.snapshots import Source
 
 from .declared import declares, not_split, unsplit
+from .planning.clock import Times, ask
 
 if TYPE_CHECKING:
     from .session import ShardSession
@@ -141,6 +143,15 @@ class ShardTransaction:
             # The savepoint is made by asking, and so is the error where the transaction has failed.
             return self._session.bound_connection(connection.engine)
         return connection
+
+    @property
+    def first(self) -> int:
+        """The shard that was opened first. Its clock is that of the transaction."""
+        return next(iter(self.scope.participants))
+
+    def times(self) -> Callable[[], Times]:
+        """What time it is for one statement, which is asked once."""
+        return cache(lambda: ask(self.connection(self.first)))
 
     def engine(self, shard_id: int) -> Engine:
         """The engine of a shard that is held."""

@@ -411,7 +411,15 @@ class Writes(Statements):
         criteria = [self.condition([entity], self.one(0, 0, 1, 2)) for _ in range(self.one(0, 1, 2))]
         if self.chance(40):
             criteria.append(key(entity) == self.value())
-        value: Any = self.one(entity.n + 1, 77, None, case((entity.n > 1, 5), else_=entity.n))
+        value: Any = self.one(
+            entity.n + 1,
+            77,
+            None,
+            case((entity.n > 1, 5), else_=entity.n),
+            case((func.now() == func.current_timestamp(), entity.n + 2), else_=0),
+        )
+        if self.chance(15):
+            criteria.append(self.one(func.now() <= func.statement_timestamp(), func.current_date() > func.now()))
         if kind == "update from":
             other = aliased(self.one(*ENTITIES))
             criteria.append(

@@ -630,7 +630,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         update(Account).values(n=select(func.max(Note.n)).scalar_subquery()),
         "not-co-located",
     ),
-    "update to now": (update(Account).values(name=func.now()), "function"),
+    "update to a time of each row": (update(Account).values(name=func.clock_timestamp()), "function"),
     "changed key": (update(Account).where(Account.id == 5).values(id=6), "changed-key"),
     "changed key of a core table": (
         update(TABLE).where(TABLE.c.id == 5).values({TABLE.c.id: 6}),

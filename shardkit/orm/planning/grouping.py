@@ -45,7 +45,7 @@ from sqlalchemy.types import Float, Integer, TypeDecorator
 
 from .elements import grouped_by, is_aggregate, own_elements, structure, ungrouped
 from .merge import Finish
-from .prepared import NOW, Prepared, raw_rows
+from .prepared import Prepared, raw_rows
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .servertypes import ServerType, as_text, constant, typed
@@ -308,7 +308,7 @@ class _Grouped:
         """One result of all groups."""
         rows = [row for result in results.values() for row in raw_rows(result)[1]]
         grouping = self.grouping
-        own = {NOW: finish.now()} if grouping.asks_the_time else {}
+        own = finish.times() if grouping.asks_the_time else {}
         if not rows:
             empty = grouping.empty
             description, rows = raw_rows(finish.run(empty, empty.values(self.call, self.parameters, own)))

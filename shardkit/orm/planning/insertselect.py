@@ -35,6 +35,7 @@ from .rows import vet_conflict
 from .scatter import Reading
 from .statements import PlannerFacts, SeveralPlan, StatementProof, prove_statement
 from .vetting import vet_scatter
+from .vocabulary import STEADY_TIMES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,8 +161,6 @@ def _anchor(compiled: Compiled, inner: StatementProof, node: Node, made: list[An
         raise reading.again()
     if not isinstance(reading, Reading) or not isinstance(reading.merging, Arrangement):
         raise Refusal("insert-from-select", "the rows of its SELECT are not made shard by shard")
-    if reading.asks_the_time:
-        raise Refusal("insert-from-select", "each shard would have a clock of its own")
     merging = reading.merging
     if merging.limit is not None or merging.offset is not None or merging.distinct:
         raise Refusal("insert-from-select", "LIMIT, OFFSET and DISTINCT choose among the rows of all shards")
@@ -172,5 +171,5 @@ def _anchor(compiled: Compiled, inner: StatementProof, node: Node, made: list[An
         raise Refusal("insert-from-select", f"its rows are made by an alias, {reading.anchor.name}")
     if made:
         raise Refusal("insert-from-select", f"the default of {made[0].name} would be made on each shard")
-    vet_scatter(compiled)
+    vet_scatter(compiled, STEADY_TIMES)
     return reading.anchor

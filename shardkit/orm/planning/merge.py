@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from sqlalchemy import CursorResult, Executable
 
+from .clock import Times
+
 
 class Finish(Protocol):
     """What a merge may do beside reading results; it is bound to one shard of the route."""
@@ -26,8 +28,8 @@ class Finish(Protocol):
         more of them are wanted."""
         ...
 
-    def now(self) -> Any:
-        """When the transaction began on that shard: what all shards of a statement take the time to be."""
+    def times(self) -> Times:
+        """What time it is on that shard, and so for all shards of the statement."""
         ...
 
     def instead(self, statement: Executable) -> CursorResult[Any]:

@@ -38,18 +38,16 @@ class Route(NamedTuple):
     shards: Mapping[int, ShardPart]
     merge: Merge | None
     streamed: bool = False
-    asks_the_time: bool = False
-    """Whether its parts have a parameter that says what time it is."""
 
 
 class Plan:
     """One call of one statement, understood.
 
     ``writes`` says whether it can change rows; ``tables`` are the declared tables it touches, which the session
-    compares with the topology's.
+    compares with the topology's; ``asks_the_time`` whether it names a function that tells the time (`clock`).
     """
 
-    __slots__ = ("_parameters", "_statement", "tables", "writes")
+    __slots__ = ("_parameters", "_statement", "asks_the_time", "tables", "writes")
 
     reason: str
     """Why it runs where it does, for people."""
@@ -67,6 +65,7 @@ class Plan:
         self._parameters = parameters
         self.tables = tables
         self.writes = writes
+        self.asks_the_time = False
 
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
         """The shards under a topology. A statement that any one shard answers takes one of ``prefer`` (the shards that
@@ -92,6 +91,7 @@ class OneKeyPlan(Plan):
         self._parameters = parameters
         self.tables = tables
         self.writes = writes
+        self.asks_the_time = False
         self.position = position
 
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:

@@ -1,24 +1,22 @@
 """Prepared statements: SQL that the planner derives from an application's statement, compiled once a shape.
 
 What runs on the shards of a scatter is not the statement as it was given but one derived from it: with hidden columns,
-another LIMIT, the ownership predicate; and with one clock: what time it is, is a parameter, so that it is the same on
-all shards. It is compiled when the shape is proved; each call only looks up the values of
-its parameters, as `recorder.Slot` finds them. Results are rows as the driver gives them. All that is private in how
-SQLAlchemy executes compiled SQL is used here alone.
+another LIMIT, the ownership predicate; and with one clock (`clock`). It is compiled when the shape is proved; each call
+only looks up the values of its parameters, as `recorder.Slot` finds them. Results are rows as the driver gives them.
+All that is private in how SQLAlchemy executes compiled SQL is used here alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, Date, DateTime, Time
-from sqlalchemy import cast as sql_cast
+from sqlalchemy import CursorResult
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import BindParameter, ClauseElement
 
+from .clock import NOW, STARTED, one_clock
 from .recorder import MISSING, Call, Compiled, Slot
 from .refusals import Refusal
 
@@ -39,13 +37,8 @@ class Prepared(Executable, ClauseElement):
         self._own = dict(own or {})
         self._slots: dict[str, Slot] = {}
         for bind in self.compiled.bind_names:
-            if bind.key not in self._own and bind.key != NOW:
+            if bind.key not in self._own and bind.key not in (NOW, STARTED):
                 self._slots[bind.key] = _slot(compiled, bind)
-
-    @property
-    def asks_the_time(self) -> bool:
-        """Whether it needs the parameter `NOW`."""
-        return any(bind.key == NOW for bind in self.compiled.bind_names)
 
     def values(
         self, call: Call, parameters: Mapping[str, Any], own: Mapping[str, Any] | None = None
@@ -67,41 +60,12 @@ class Prepared(Executable, ClauseElement):
         return self.compiled, None, None, dialect.CACHING_DISABLED
 
 
-NOW = "shardkit_now"
-"""The parameter that is what time it is, a timestamp with time zone."""
-
-_TIMES: dict[str, Any] = {
-    **dict.fromkeys(("now", "current_timestamp", "transaction_timestamp"), DateTime(timezone=True)),
-    **dict.fromkeys(("statement_timestamp", "clock_timestamp"), DateTime(timezone=True)),
-    "localtimestamp": DateTime(),
-    "current_date": Date(),
-    "current_time": Time(timezone=True),
-    "localtime": Time(),
-}
-
-
-def _visit_time(type_: Any) -> Any:
-    def visit(self: Any, function: Any, **kw: Any) -> str:
-        now = BindParameter(NOW, None, type_=DateTime(timezone=True), required=True)
-        return str(self.process(sql_cast(now, type_), **kw))
-
-    return visit
-
-
-@cache
-def _one_clock(compiler: Any) -> Any:
-    """The compiler of a dialect, with a parameter in the place of functions that tell the time."""
-    return type(
-        "OneClock", (compiler,), {f"visit_{name}_func": _visit_time(of) for name, of in _TIMES.items()}
-    )
-
-
 def _compiler(dialect: Dialect, compiled: Compiled) -> Any:
     """A compiler that knows of the criteria of options (`with_loader_criteria`): they are in the statement by now, but
     subqueries of it, which it compiles as the ORM does, look for them there."""
     attributes = dict(compiled.compiler._global_attributes)
     return type(
-        "Derived", (_one_clock(cast(Any, dialect.statement_compiler)),), {"_global_attributes": attributes}
+        "Derived", (one_clock(cast(Any, dialect.statement_compiler)),), {"_global_attributes": attributes}
     )
 
 

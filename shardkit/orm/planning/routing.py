@@ -27,6 +27,7 @@ from shardkit.orm.ids import leasing
 from shardkit.storage.idleases import IdLeases
 
 from .binding import Terms, terms
+from .clock import asks_the_time
 from .insertselect import InsertSelectProof, prove_insert_select
 from .kept import Kept
 from .plan import Parameters, Plan, Route, ShardPart
@@ -49,6 +50,8 @@ __all__ = ["Parameters", "Plan", "Planner", "Route", "ShardPart"]
 
 MOST_ROWS = 100_000
 
+_Proof = StatementProof | InsertProof | InsertSelectProof | WholeProof
+
 _NO_PARAMETERS: Mapping[str, Any] = {}
 _PLANNED = (Select, CompoundSelect, FromStatement, Insert, Update, Delete)
 
@@ -64,7 +67,7 @@ class Planner:
         self._dialect = dialect
         self._most_rows = most_rows
         self._ids = ids
-        self._proofs: Kept[StatementProof | InsertProof | InsertSelectProof | WholeProof] = Kept(size)
+        self._proofs: Kept[tuple[_Proof, bool]] = Kept(size)
 
     def plan(
         self,
@@ -119,17 +122,22 @@ class Planner:
                 single = parameters[0]
         call = statement._generate_cache_key()
         shape = None if call is None else (call.key, names, single is None)
-        proof = None if shape is None else self._proofs.get(shape)
-        if proof is None:
+        known = None if shape is None else self._proofs.get(shape)
+        if known is None:
             facts = self._facts(names, single is None)
             compiled = facts.compile_(statement)
             vet_one_shard(compiled)
             call = compiled.call
+            timed = asks_the_time(compiled)
             whole = isinstance(compiled.statement, Insert) and is_declared_whole(compiled.statement.table)
             if isinstance(compiled.given, Insert) and compiled.state._has_multi_parameters:
                 if whole:
-                    return plan_values_whole(statement, parameters, compiled)
-                return plan_values(statement, parameters, compiled, *_insert_facts(compiled))
+                    plan = plan_values_whole(statement, parameters, compiled)
+                else:
+                    plan = plan_values(statement, parameters, compiled, *_insert_facts(compiled))
+                plan.asks_the_time = timed
+                return plan
+            proof: _Proof
             if whole:
                 proof = prove_insert_whole(compiled)
             elif isinstance(compiled.statement, Insert) and compiled.statement.select is not None:
@@ -139,16 +147,22 @@ class Planner:
                 proof = prove_insert(compiled, *_insert_facts(compiled))
             else:
                 proof = prove_statement(compiled, facts)
+            known = proof, timed
             if shape is not None:
-                self._proofs.put(shape, proof)
+                self._proofs.put(shape, known)
+        proof, timed = known
         if isinstance(proof, WholeProof | InsertSelectProof):
-            return proof.plan(statement, parameters)
-        if isinstance(proof, InsertProof):
-            return proof.plan(statement, parameters, call)
-        if single is None:
+            plan = proof.plan(statement, parameters)
+        elif isinstance(proof, InsertProof):
+            plan = proof.plan(statement, parameters, call)
+        elif single is None:
             assert isinstance(parameters, Sequence)
-            return proof.plan_each(statement, parameters, call)
-        return proof.plan(statement, parameters, single, call, options, self._facts(names, False))
+            plan = proof.plan_each(statement, parameters, call)
+        else:
+            plan = proof.plan(statement, parameters, single, call, options, self._facts(names, False))
+        if timed:
+            plan.asks_the_time = True
+        return plan
 
     def _facts(self, names: Sequence[str], many: bool) -> PlannerFacts:
         return PlannerFacts(

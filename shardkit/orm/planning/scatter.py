@@ -42,11 +42,6 @@ class Reading:
     owned: Prepared
     merging: Arrangement | Grouping | Totals
 
-    @property
-    def asks_the_time(self) -> bool:
-        """Whether a shard has to be asked what time it is for all of them."""
-        return self.plain.asks_the_time or (isinstance(self.merging, Grouping) and self.merging.asks_the_time)
-
     def is_wrong(self, call: Call, parameters: Mapping[str, Any]) -> bool:
         """Whether LIMIT or OFFSET are such that any server refuses them."""
         if not isinstance(self.merging, Arrangement):

@@ -231,7 +231,7 @@ class ReadingPlan(SeveralPlan):
         parts = {
             shard_id: self._part(topology, shard_id, positions) for shard_id, positions in shards.items()
         }
-        return Route(parts, self._merge, isinstance(self._merge, Streamed), self._reading.asks_the_time)
+        return Route(parts, self._merge, isinstance(self._merge, Streamed))
 
     def _part(self, topology: Topology, shard_id: int, positions: list[int] | None) -> ShardPart:
         prepared, own = self._reading.plain, dict(self._own)
@@ -292,8 +292,7 @@ class PullPlan(SeveralPlan):
                 prepared = self._pull.owned
                 own.update(owned_arcs(topology.owned(shard_id), topology.by_id[shard_id].in_transit))
             parts[shard_id] = ShardPart(prepared, prepared.values(self._call, parameters, own))
-        merge = self._pull.merge(self._statement, self._most)
-        return Route(parts, merge, asks_the_time=self._pull.plain.asks_the_time)
+        return Route(parts, self._pull.merge(self._statement, self._most))
 
 
 class WritingPlan(SeveralPlan):

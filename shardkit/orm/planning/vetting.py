@@ -102,10 +102,14 @@ def vet_without_tables(compiled: Compiled) -> None:
 
 def function_names(compiled: Compiled) -> Iterator[str]:
     """The functions of a statement; those of other schemas than ``pg_catalog`` with their schema."""
-    for function in compiled.recording.elements.get("function", ()):
-        packages = tuple(getattr(function, "packagenames", ()))
-        name = str(function.name).lower()
-        yield name if packages in ((), ("pg_catalog",)) else ".".join((*packages, name))
+    return map(plain_name, compiled.recording.elements.get("function", ()))
+
+
+def plain_name(function: Any) -> str:
+    """The name of a function, with its schema if that is another than ``pg_catalog``."""
+    packages = tuple(getattr(function, "packagenames", ()))
+    name = str(function.name).lower()
+    return name if packages in ((), ("pg_catalog",)) else ".".join((*packages, name))
 
 
 def _kinds(compiled: Compiled, allowed: frozenset[str], verdict: str) -> None:

@@ -71,6 +71,9 @@ TIME_FUNCTIONS = _words(
 TRANSACTION_TIMES = TIME_FUNCTIONS - _words("clock_timestamp statement_timestamp")
 """When the transaction began: the same in all of its statements."""
 
+STEADY_TIMES = TIME_FUNCTIONS - _words("clock_timestamp")
+"""What is the same for all rows of a statement."""
+
 SET_FUNCTIONS = _words(
     """
     generate_series generate_subscripts json_array_elements json_array_elements_text json_each json_each_text

@@ -26,6 +26,7 @@ from .recorder import Compiled
 from .refusals import Refusal
 from .scatter import vet_clauses
 from .vetting import vet_scatter
+from .vocabulary import STEADY_TIMES
 
 Compile = Callable[[Any], Compiled]
 """Compiles and records a statement."""
@@ -76,7 +77,7 @@ def writing(compiled: Compiled, proofs: list[BlockProof], compile_: Compile) -> 
     if statement.is_from_statement or not isinstance(statement, Update | Delete):
         raise Refusal("from-statement", "from_statement() of a writing statement runs on one shard")
     anchor = anchored(proofs)
-    vet_scatter(compiled)
+    vet_scatter(compiled, STEADY_TIMES)
     vet_clauses(compiled.statement)
     found = Writing(
         anchor, _place(compiled, anchor), [_tables(proof) for proof in proofs], _makes_on_update(compiled)
