@@ -208,7 +208,7 @@ class _Dispatch:
         route = plan.route(session.fleet.topology)
         first = session.connections[next(iter(route.shards))]
         finish = Finishing(first, ShardPart(statement, parameters), execution_options or {})
-        parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
+        parts = finish.parts(route)
         results = {
             number: session.connections[number].execute(
                 part.statement, part.parameters, execution_options=execution_options

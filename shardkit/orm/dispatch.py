@@ -24,7 +24,7 @@ from shardkit.storage.answers import ANSWER, Answer
 from shardkit.storage.dialect import WRITES
 
 from . import byhand, partial, remembered, replicas, replicated, scatterpolicy
-from .planning.prepared import NOW
+from .planning.prepared import NOW, ONCE
 from .planning.routing import Parameters, Plan, Route, ShardPart
 from .planning.whole import EveryShardPlan
 
@@ -69,12 +69,19 @@ class Finishing:
             self._now = self._connection.execute(select(func.now())).scalar()
         return self._now
 
-    def with_time(self, parts: Mapping[int, ShardPart]) -> dict[int, ShardPart]:
-        """The parts of a route, with that time."""
-        now = {NOW: self.now()}
+    def parts(self, route: Route) -> Mapping[int, ShardPart]:
+        """The parts of a route, with that time, and one of them with the rows that any shard can make."""
+        own: dict[int, dict[str, Any]] = {shard_id: {} for shard_id in route.shards}
+        for shard_id, first in zip(own, (True, *[False] * len(own)), strict=False):
+            if route.asks_the_time:
+                own[shard_id][NOW] = self.now()
+            if route.made_once:
+                own[shard_id][ONCE] = first
         return {
-            shard_id: part._replace(parameters={**cast(Mapping[str, Any], part.parameters), **now})
-            for shard_id, part in parts.items()
+            shard_id: part._replace(parameters={**cast(Mapping[str, Any], part.parameters), **own[shard_id]})
+            if own[shard_id]
+            else part
+            for shard_id, part in route.shards.items()
         }
 
     def instead(self, statement: Executable) -> CursorResult[Any]:
@@ -185,7 +192,7 @@ class Dispatch:
         if route.merge.as_text:
             _vet_text(connections.values())
         finish = Finishing(next(iter(connections.values())), given, options)
-        parts = finish.with_time(route.shards) if route.asks_the_time else route.shards
+        parts = finish.parts(route)
         first: CursorResult[Any] | None = None
         before: dict[int, CursorResult[Any]] = {}
         if one_first:

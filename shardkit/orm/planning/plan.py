@@ -40,6 +40,8 @@ class Route(NamedTuple):
     streamed: bool = False
     asks_the_time: bool = False
     """Whether its parts have a parameter that says what time it is."""
+    made_once: bool = False
+    """Whether its parts have one that says on which of the shards rows are made that any of them can make."""
 
 
 class Plan:

@@ -24,18 +24,24 @@ from .refusals import Refusal
 
 
 class Prepared(Executable, ClauseElement):
-    """A derived statement. ``own`` are the names of the parameters that it has beside those of the original."""
+    """A derived statement. ``own`` are the names of the parameters that it has beside those of the original,
+    ``instead`` what stands in it in the place of a SELECT of the original, by `id`."""
 
     inherit_cache = False
     __visit_name__ = "shardkit_prepared"
 
     def __init__(
-        self, dialect: Dialect, statement: Any, compiled: Compiled, own: Mapping[str, Any] | None = None
+        self,
+        dialect: Dialect,
+        statement: Any,
+        compiled: Compiled,
+        own: Mapping[str, Any] | None = None,
+        instead: Mapping[int, Any] | None = None,
     ) -> None:
         derived = statement._generate()
         # The columns of mapped classes bring the ORM's compilation with them, which was done already.
         derived._propagate_attrs = derived._propagate_attrs.__class__()
-        self.compiled: Any = _compiler(dialect, compiled)(dialect, derived)
+        self.compiled: Any = _compiler(dialect, compiled, instead or {})(dialect, derived)
         self._own = dict(own or {})
         self._slots: dict[str, Slot] = {}
         for bind in self.compiled.bind_names:
@@ -70,6 +76,9 @@ class Prepared(Executable, ClauseElement):
 NOW = "shardkit_now"
 """The parameter that is what time it is, a timestamp with time zone."""
 
+ONCE = "shardkit_once"
+"""The parameter that is true on one shard: the one that makes the rows which any shard can make."""
+
 _TIMES: dict[str, Any] = {
     **dict.fromkeys(("now", "current_timestamp", "transaction_timestamp"), DateTime(timezone=True)),
     **dict.fromkeys(("statement_timestamp", "clock_timestamp"), DateTime(timezone=True)),
@@ -96,13 +105,18 @@ def _one_clock(compiler: Any) -> Any:
     )
 
 
-def _compiler(dialect: Dialect, compiled: Compiled) -> Any:
+def _compiler(dialect: Dialect, compiled: Compiled, instead: Mapping[int, Any]) -> Any:
     """A compiler that knows of the criteria of options (`with_loader_criteria`): they are in the statement by now, but
-    subqueries of it, which it compiles as the ORM does, look for them there."""
+    subqueries of it, which it compiles as the ORM does, look for them there. And of what is to stand in the place of
+    some SELECTs."""
+    base = _one_clock(cast(Any, dialect.statement_compiler))
+
+    def visit_select(self: Any, element: Any, *args: Any, **kw: Any) -> Any:
+        return base.visit_select(self, instead.get(id(element), element), *args, **kw)
+
+    own = {"visit_select": visit_select} if instead else {}
     attributes = dict(compiled.compiler._global_attributes)
-    return type(
-        "Derived", (_one_clock(cast(Any, dialect.statement_compiler)),), {"_global_attributes": attributes}
-    )
+    return type("Derived", (base,), {"_global_attributes": attributes, **own})
 
 
 def _slot(compiled: Compiled, bind: BindParameter[Any]) -> Slot:
