@@ -328,6 +328,17 @@ class Slot:
         """What is sent for a value."""
         return value if self.processor is None else self.processor(value)
 
+    def sent(self, value: Any, part: int | None = None) -> Any:
+        """What is sent for a value, or for one ``part`` of a tuple; `MISSING` if that cannot be told."""
+        processor = self.processor
+        try:
+            if part is not None:
+                value = value[part]
+                processor = processor and processor[part]
+            return value if processor is None or value is MISSING else processor(value)
+        except Exception:  # of an application's own type: it is raised again where the statement runs
+            return MISSING
+
     def value(self, call: Call, parameters: Mapping[str, Any]) -> Any:
         """The raw value in one call; `MISSING` if it has none yet."""
         if parameters or call.params:
