@@ -214,7 +214,7 @@ class _Dispatch:
         times = cache(lambda: ask(session.connections[0])) if plan.asks_the_time else None
         finish = Finishing(first, ShardPart(statement, parameters), execution_options or {}, times)
         results = {}
-        for number, part in route.shards.items():
+        for number, part in finish.parts(route).items():
             connection = session.connections[number]
             with nullcontext() if times is None else telling(connection, times):
                 results[number] = connection.execute(

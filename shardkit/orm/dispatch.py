@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -26,6 +26,7 @@ from shardkit.storage.dialect import WRITES
 from . import byhand, partial, remembered, replicas, replicated, scatterpolicy
 from .planning.clock import Times, telling
 from .planning.freezing import frozen
+from .planning.prepared import ONCE
 from .planning.routing import Parameters, Plan, Route, ShardPart
 from .planning.whole import EveryShardPlan
 
@@ -75,6 +76,16 @@ class Finishing:
         """What time it is for all shards of the statement."""
         assert self._times is not None
         return self._times()
+
+    def parts(self, route: Route) -> Mapping[int, ShardPart]:
+        """The parts of a route, one of them with the rows that any shard can make."""
+        if not route.made_once:
+            return route.shards
+        once = (True, *[False] * len(route.shards))
+        return {
+            shard_id: part._replace(parameters={**cast(Mapping[str, Any], part.parameters), ONCE: first})
+            for (shard_id, part), first in zip(route.shards.items(), once, strict=False)
+        }
 
     def instead(self, statement: Executable) -> CursorResult[Any]:
         """Run the given statement in another form."""
@@ -197,7 +208,7 @@ class Dispatch:
         finish = Finishing(next(iter(connections.values())), given, options, times)
         if times is not None:
             times()  # while its connection is not in use
-        parts = route.shards
+        parts = finish.parts(route)
         first: CursorResult[Any] | None = None
         before: dict[int, CursorResult[Any]] = {}
         if one_first:

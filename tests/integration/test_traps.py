@@ -26,14 +26,20 @@ from sqlalchemy import (
     delete,
     distinct,
     event,
+    except_,
+    except_all,
     exists,
     func,
     insert,
+    intersect,
+    intersect_all,
     literal,
     not_,
+    null,
     or_,
     select,
     tuple_,
+    union,
     union_all,
     update,
 )
@@ -81,6 +87,164 @@ _all = _all.union_all(
 _of_five = select(Post).where(Post.user_id == 4).subquery()
 _most = func.max(Post.likes)
 
+_texts = union_all(select(User.name.label("text"), User.id), select(Post.title, Post.user_id)).subquery()
+_numbers = union_all(
+    select(User.rank.label("n")), select(Post.likes), select(func.length(Country.code, type_=Integer))
+).subquery()
+_mixed = union_all(select(User.rank.label("n")), select(User.score)).subquery()
+_either = union(select(User.id, User.rank), select(Post.user_id, Post.likes)).cte()
+_ranks = select(User.rank)
+
+SET_OPERATIONS: dict[str, tuple[Any, str]] = {
+    "UNION ALL with a reference table": (
+        union_all(select(User.country_code), select(Country.code), select(Country.code)),
+        "parts",
+    ),
+    "UNION ALL with aggregates of a reference table": (
+        union_all(
+            select(User.id, User.name),
+            select(func.count(), func.max(Country.name)),
+            select(func.length(Country.code), Country.code).group_by(Country.code).having(func.count() > 0),
+        ),
+        "parts",
+    ),
+    "UNION ALL in an order of texts": (
+        union_all(
+            select(User.name.label("text"), User.id),
+            select(Post.title, Post.user_id),
+            select(Country.name, literal(7)),
+        )
+        .order_by("text", User.id.desc())
+        .offset(3)
+        .limit(40),
+        "parts",
+    ),
+    "UNION ALL in an order of numbers of two types": (
+        union_all(select(User.rank, User.id), select(User.score, User.id))
+        .order_by(User.rank.desc().nulls_last(), "id")
+        .limit(20),
+        "parts",
+    ),
+    "UNION ALL with NULL of a type that only the server knows": (
+        union_all(select(null().label("score"), User.id), select(User.score, User.id)).order_by("score", "id"),
+        "parts",
+    ),
+    "UNION ALL of types that do not go together": (
+        union_all(select(User.rank), select(User.name)),
+        "parts",
+    ),
+    "UNION ALL with what time it is": (
+        union_all(select(User.id, User.joined < func.now()), select(literal(1), func.now() == func.now())),
+        "parts",
+    ),
+    "UNION of columns that are no keys": (union(select(User.rank), select(Post.likes)), "parts"),
+    "UNION ALL of columns of one name": (
+        union_all(select(User.id, Post.id).join(User.posts), select(Tag.user_id, Tag.id)),
+        "parts",
+    ),
+    "UNION of texts": (
+        union(select(User.name), select(Post.title), select(Country.name)).order_by("name").limit(9),
+        "parts",
+    ),
+    "UNION of numbers of two types": (
+        union(select(User.rank), select(User.score)).order_by(User.rank.nulls_first()),
+        "parts",
+    ),
+    "UNION of keys": (union(select(User.id), select(Post.user_id)).order_by("id").limit(9), "parts"),
+    "UNION beside UNION ALL": (
+        union_all(union(select(User.id), select(Post.user_id)), select(Post.user_id)).order_by("id"),
+        "parts",
+    ),
+    "UNION of columns that are no keys beside UNION ALL": (
+        union_all(union(select(User.rank), select(Post.likes)), select(Post.likes)),
+        "pulled",
+    ),
+    "UNION ALL inside UNION": (
+        union(union_all(select(User.rank), select(Post.likes)), select(Post.likes)).order_by("rank"),
+        "parts",
+    ),
+    "INTERSECT of keys": (intersect(select(User.id), select(Post.user_id)), "parts"),
+    "INTERSECT ALL of keys": (
+        intersect_all(select(Post.user_id, Post.likes % 2), select(Tag.user_id, Tag.id % 2)),
+        "parts",
+    ),
+    "EXCEPT of keys": (except_(select(User.id), select(Post.user_id)), "parts"),
+    "EXCEPT ALL of keys": (except_all(select(Tag.user_id), select(Post.user_id)), "parts"),
+    "EXCEPT of keys at other places": (
+        except_(select(User.id, User.rank), select(Post.likes, Post.user_id)),
+        "pulled",
+    ),
+    "EXCEPT of columns that are no keys": (except_(select(User.rank), select(Post.likes + 2)), "pulled"),
+    "INTERSECT ALL with a reference table": (
+        intersect_all(select(User.country_code), select(Country.code)),
+        "pulled",
+    ),
+    "branches of two keys": (
+        union_all(select(User.id, User.name).where(User.id == 3), select(User.id, User.name).where(User.id == 4)),
+        "parts",
+    ),
+    "branches of lists of keys, and one of no table": (
+        union_all(
+            select(User.id).where(User.id.in_([3, 4, 5])), select(Post.user_id).where(Post.user_id == 7), select(1)
+        ),
+        "parts",
+    ),
+    "a branch with LIMIT": (
+        union_all(select(User.id), select(Post.user_id).order_by(Post.user_id, Post.id).limit(3)),
+        "pulled",
+    ),
+    "a branch that is grouped by its key": (
+        union_all(
+            select(Post.user_id, func.count()).group_by(Post.user_id), select(User.id, literal(0)).distinct()
+        ),
+        "parts",
+    ),
+    "a branch that is grouped by another column": (
+        union_all(select(Post.likes, func.count()).group_by(Post.likes), select(User.rank, literal(0))),
+        "pulled",
+    ),
+    "a branch that is distinct without its key": (
+        union_all(select(Post.likes).distinct(), select(User.rank)),
+        "pulled",
+    ),
+    "a branch that counts all rows in a subquery": (
+        union_all(select(User.id), select(1).where(select(func.count(Post.id)).scalar_subquery() > 3)),
+        "pulled",
+    ),
+    "the same branch twice": (union_all(_ranks, _ranks), "parts"),
+    "a set operation in FROM": (
+        select(_texts.c.text, _texts.c.id).where(_texts.c.id > 3).order_by(_texts.c.text, _texts.c.id).limit(12),
+        "parts",
+    ),
+    "DISTINCT of a set operation": (select(_numbers.c.n).distinct().order_by(_numbers.c.n), "parts"),
+    "count of a set operation": (select(func.count()).select_from(_numbers), "parts"),
+    "aggregates of a set operation": (
+        select(func.sum(_numbers.c.n), func.avg(_numbers.c.n), func.max(_numbers.c.n), func.count(_numbers.c.n)),
+        "parts",
+    ),
+    "aggregates of numbers of two types": (
+        select(func.sum(_mixed.c.n), func.avg(_mixed.c.n), func.max(_mixed.c.n)),
+        "parts",
+    ),
+    "groups of a set operation": (
+        select(_texts.c.text, func.count(), func.max(_texts.c.id)).group_by(_texts.c.text).order_by(_texts.c.text),
+        "parts",
+    ),
+    "a set operation of keys in a common table expression": (
+        select(_either.c.id, func.count()).group_by(_either.c.id).order_by(func.count().desc(), _either.c.id),
+        "parts",
+    ),
+    "a set operation of keys that is joined": (
+        select(User.name, _either.c.rank).join(_either, _either.c.id == User.id).where(User.rank > 1),
+        "parts",
+    ),
+    "a set operation of keys that is bound": (select(_either).where(_either.c.id == 3), "one key"),
+    "a set operation that is joined by another column": (
+        select(User.id, _numbers.c.n).join(_numbers, _numbers.c.n == User.rank),
+        "pulled",
+    ),
+}  # fmt: skip
+
 TRAPS: dict[str, tuple[Any, str]] = {
     "reference LEFT JOIN sharded": (
         select(Country.code, User.id).outerjoin(User, User.country_code == Country.code),
@@ -109,7 +273,7 @@ TRAPS: dict[str, tuple[Any, str]] = {
     "NOT EXISTS on the key": (select(User.id).where(~exists().where(Post.user_id == User.id)), "parts"),
     "UNION ALL with a branch without FROM": (
         union_all(select(User.rank), select(literal(7, Integer))),
-        "pulled",
+        "parts",
     ),
     "UNION ALL of one key with a branch without FROM": (
         union_all(select(User.rank).where(User.id == 4), select(literal(7, Integer))),
@@ -291,8 +455,9 @@ TRAPS: dict[str, tuple[Any, str]] = {
     ),
     "duplicate rows in UNION ALL": (
         union_all(select(User.rank), select(User.rank), select(Post.likes)),
-        "pulled",
+        "parts",
     ),
+    **SET_OPERATIONS,
     "a number on each row of a page": (
         select(User.id, func.count().over()).order_by(User.id).limit(5),
         "pulled",
@@ -356,6 +521,7 @@ def test_the_traps_have_rows_to_fall_over(twins: Twins) -> None:
         "LIMIT 0",
         "NOT IN with NULL",
         "OFFSET beyond the end",
+        "UNION ALL of types that do not go together fails",
         "a NULL key",
         "a cast that fails fails",
         "a key compared with a Decimal",

@@ -19,16 +19,22 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from sqlalchemy import (
+    BigInteger,
     Engine,
     and_,
     case,
     create_engine,
+    desc,
+    distinct,
     except_,
+    except_all,
     exists,
     func,
     intersect,
+    intersect_all,
     literal,
     not_,
+    null,
     or_,
     select,
     union,
@@ -460,16 +466,99 @@ class Statements:
         return self.limited(statement)
 
     def draw_united(self) -> Drawn:
-        def branch() -> Any:
-            sources, build = self.sources()
-            return build(select(self.key(sources[0]).label("k"), literal(self.one(1, 2)).label("n")))
-
-        if self.chance(10):
-            return self.limited(union_all(branch(), select(literal(1).label("k"), literal(2).label("n"))))
-        made = self.one(union, union_all, except_, intersect)(branch(), branch())
+        """Set operations: of columns of which the first is the key, or of columns of one kind of all entities."""
+        kind = self.one("keys", "keys", "texts", "texts", "numbers", "moments")
+        made = self.united(kind, self.one(0, 0, 1))
+        how = self.one("rows", "rows", "read", "joined", "entities")
+        if how == "entities" and kind == "keys":
+            return self.united_entities()
+        if how == "joined" and kind == "keys":
+            derived, other = made.subquery(), aliased(self.one(Person, Post))
+            statement = select(derived, self.key(other).label("o")).join(
+                other, self.key(other) == derived.c.k, isouter=self.chance(30)
+            )
+            if self.chance(40):
+                statement = statement.where(self.one(derived.c.k, self.key(other)) == self.one(*KEYS))
+            return self.limited(self.ordered(statement, [derived.c.k, derived.c.n]), 2)
+        if how == "read":
+            return self.read_united(made.subquery() if self.chance(60) else made.cte())
         if self.chance(50):
-            return self.limited(made.order_by("k", "n"), 2)
+            names = self.one(("k", "n"), ("k", "n"), (desc("k"), "n"))
+            return self.limited(made.order_by(*names), 2)
         return self.limited(made)
+
+    def united(self, kind: str, depth: int) -> Any:
+        operation = self.one(
+            union_all, union_all, union_all, union, union, except_, intersect, except_all, intersect_all
+        )
+        branches = [self.branch(kind, depth) for _ in range(self.one(2, 2, 3))]
+        return operation(*branches)
+
+    def branch(self, kind: str, depth: int) -> Any:
+        if depth and self.chance(30):
+            return self.united(kind, depth - 1)
+        n = literal(self.one(1, 2)).label("n")
+        if self.chance(12):
+            free = {"keys": literal(self.one(*KEYS), BigInteger), "texts": literal(self.one("a", "b")),
+                    "numbers": literal(self.one(1, 2)), "moments": null()}  # fmt: skip
+            statement = select(self.one(free[kind], null()).label("k"), n)
+            return statement.where(literal(1) == 2) if self.chance(10) else statement
+        sources, build = self.sources()
+        source = sources[0]
+        if kind == "keys":
+            column = self.key(source)
+        elif kind == "texts":
+            column = (
+                self.one(source.name, source.code)
+                if self.is_person(source)
+                else source.kind
+                if not hasattr(source, "by")
+                else null()
+            )
+        elif kind == "numbers":
+            column = self.number(source)
+        else:
+            column = source.born if self.is_person(source) else getattr(source, "at", null())
+        if kind != "moments" and self.chance(10):
+            made = self.one(func.min(column), func.max(column)).label("k")
+            return (
+                build(select(made, n)).where(self.key(source) == self.one(*KEYS))
+                if self.chance(70)
+                else build(select(made, n))
+            )
+        statement = build(select(column.label("k"), n))
+        return statement.distinct() if self.chance(15) else statement
+
+    def read_united(self, derived: Any) -> Drawn:
+        k, n = derived.c.k, derived.c.n
+        if self.chance(40):
+            statement = select(k.label("o0"), n.label("o1"), (n * 2).label("c"))
+            statement = statement.where(self.one(n > 1, k.is_not(None), n.in_([1, 2])))
+            statement = statement.distinct() if self.chance(20) else statement
+            return self.limited(self.ordered(statement, [k, n]), 2)
+        made = self.one(
+            func.count(),
+            func.count(k),
+            func.max(k),
+            func.min(k),
+            func.sum(n),
+            func.avg(n),
+            func.count(distinct(k)),
+        )
+        statement = (
+            select(made.label("m")) if self.chance(50) else select(n.label("o"), made.label("m")).group_by(n)
+        )
+        return Drawn(statement, statement)
+
+    def united_entities(self) -> Drawn:
+        entity = self.one(Person, Post, Star)
+        branches = [select(entity).where(self.condition([entity], 1)) for _ in range(2)]
+        if entity is Person:  # its json and arrays are not compared
+            made = union_all(*branches)
+        else:
+            made = self.one(union_all, union, except_, intersect)(*branches)
+        whole = select(entity).from_statement(made)
+        return Drawn(whole, whole)
 
     def draw_wrapped(self) -> Drawn:
         inner = self.one(self.draw_rows, self.draw_grouped, self.draw_distinct, self.draw_window)()

@@ -23,6 +23,7 @@ from sqlalchemy import (
     case,
     cast,
     delete,
+    except_,
     exists,
     extract,
     false,
@@ -38,6 +39,7 @@ from sqlalchemy import (
     text,
     true,
     tuple_,
+    union,
     union_all,
     update,
     values,
@@ -362,6 +364,19 @@ def test_an_impossible_key_of_the_right_side_of_a_left_join_empties_that_side_on
 # --- several shards ------------------------------------------------------------------------------------------------
 
 SCATTERED: dict[str, Any] = {
+    "two keys in a set operation": union_all(
+        select(Account.id).where(Account.id == 5), select(Account.id).where(Account.id == 6)
+    ),
+    "a branch unbound": union_all(select(Account.id).where(Account.id == 5), select(Account.id)),
+    "a branch of no table": union_all(select(Account.n), select(literal(1))),
+    "a set operation of keys": except_(select(Account.id, Account.n), select(Note.owner, Note.n)),
+    "UNION of no keys": union(select(Account.n), select(Note.n)),
+    "a set operation in FROM": select(func.count()).select_from(
+        union_all(select(Account.n), select(Note.n)).subquery()
+    ),
+    "entities of a set operation": select(Account).from_statement(
+        union_all(select(Account).where(Account.n == 1), select(Account).where(Account.n == 2))
+    ),
     "all": select(Account),
     "columns": select(
         Account.id, Account.name + "x", case((Account.n > 1, 2), else_=3), cast(Account.n, String)
@@ -547,10 +562,12 @@ PULLED: dict[str, Any] = {
     .outerjoin(Note, Note.n == Account.n)
     .where(Account.id == 5),
     "two keys": select(Account, Note).where(Account.id == 5, Note.owner == 6),
-    "two keys in a set operation": union_all(
-        select(Account.id).where(Account.id == 5), select(Account.id).where(Account.id == 6)
+    "a set operation that compares columns which are no keys": except_(
+        select(Account.n).where(Account.id == 5), select(Account.n)
     ),
-    "a branch unbound": union_all(select(Account.id).where(Account.id == 5), select(Account.id)),
+    "a branch that chooses": union_all(
+        select(Account.id).where(Account.id == 5), select(Account.id).limit(3)
+    ),
     "one of two": select(Account, Note).where(Account.id == 5),
     "one of two aliases": select(Account, A).where(Account.id == 5),
     "join on another column": select(Account).join(Note, Note.n == Account.n),

@@ -237,15 +237,16 @@ def _check_identities(rows: Mapping[int, list[Any]], identities: tuple[tuple[int
 
 def arrange(
     compiled: Compiled,
+    core: Any,
     columns: Sequence[Any],
     identities: tuple[tuple[int, ...], ...],
     *,
     distinct: bool,
 ) -> tuple[Any, Arrangement]:
-    """What each shard runs, and how the rows are put together. ``columns`` are those of the statement, ``distinct``
-    says that rows of two shards may be equal of which only one is wanted. `Refusal` for clauses that are not merged."""
-    core = compiled.statement
-    terms = [_Term.of(element) for element in core._order_by_clauses]
+    """What each shard runs, and how the rows are put together. ``columns`` are those of the SELECT ``core``,
+    ``distinct`` says that rows of two shards may be equal of which only one is wanted. `Refusal` for clauses that are
+    not merged."""
+    terms = [Term.of(element) for element in core._order_by_clauses]
     exact = all(_is_exact(term.expression, columns) for term in terms)
     # The texts of equal values may differ, and beside them rows that were one are several.
     plain = [*columns] if distinct or (core._distinct and not exact) else []
@@ -287,14 +288,16 @@ def arrange(
     return (part.add_columns(*labelled) if labelled else part), made
 
 
-class _Term(NamedTuple):
+class Term(NamedTuple):
+    """One element of ORDER BY, without what says in which direction."""
+
     expression: Any
     descending: bool
     nulls_first: bool
 
     @classmethod
-    def of(cls, element: Any) -> _Term:
-        """One element of ORDER BY, without what says in which direction."""
+    def of(cls, element: Any, *, names: bool = False) -> Term:
+        """An element of ORDER BY; with ``names`` it may be a name, which its expression then is. `Refusal`."""
         descending, nulls_first = False, None
         while True:
             element = ungrouped(element)
@@ -310,7 +313,9 @@ class _Term(NamedTuple):
                 elif modifier in (operators.nulls_first_op, operators.nulls_last_op) and nulls_first is None:
                     nulls_first = modifier is operators.nulls_first_op
                 element = element.element
-        if kind == "textual_label_reference":
+        if kind == "textual_label_reference" and names:
+            element = str(element.element)
+        elif kind == "textual_label_reference":
             raise Refusal(
                 "order-by", "ORDER BY of a name that is given as a string is not merged over shards"
             )

@@ -70,7 +70,7 @@ def only_position(constraint: Constraint, call: Call, parameters: Mapping[str, A
     slot = constraint.slot
     value = slot.value(call, parameters)
     if slot.processor is not None and value is not MISSING:
-        value = _sent(constraint, value)
+        value = constraint.slot.sent(value, constraint.part)
     if value is None:
         return Unbound.NO_ROW
     found = exact_position(value, constraint.family)
@@ -110,7 +110,7 @@ def known(constraint: Bound, call: Call, parameters: Mapping[str, Any]) -> Keys 
 def _keys(constraint: Constraint, values: Any) -> Keys | None:
     keys: Keys = {}
     for value in values:
-        sent = _sent(constraint, value)
+        sent = constraint.slot.sent(value, constraint.part)
         if sent is None:
             continue
         position = exact_position(sent, constraint.family)
@@ -118,15 +118,3 @@ def _keys(constraint: Constraint, values: Any) -> Keys | None:
             return None
         keys.setdefault(position, []).append(value)
     return keys
-
-
-def _sent(constraint: Constraint, value: Any) -> Any:
-    """What is sent for a value; `MISSING`, which is no key, if that cannot be told."""
-    processor = constraint.slot.processor
-    try:
-        if constraint.part is not None:
-            value = value[constraint.part]
-            processor = processor and processor[constraint.part]
-        return value if processor is None or value is MISSING else processor(value)
-    except Exception:  # of an application's own type: it is raised again where the statement runs
-        return MISSING

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy.sql.elements import ColumnClause
 
@@ -73,7 +73,9 @@ class Node:
     row of it, so that the block is empty where no value fits the ``constraints``. ``ids`` leave slots, not positions.
 
     Or a subquery or common table expression, ``derived`` from the FROM of its body whose shard key it returns;
-    ``table`` is then that one's. ``keys`` are the names of the columns that are its shard key.
+    ``table`` is then that one's. ``keys`` are the names of the columns that are its shard key. Where its body is a set
+    operation, ``branches`` are the blocks of that, and for each the FROM on whose shard its rows are made; such a one
+    may return no shard key.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Node:
     scope: Scope
     keys: frozenset[str]
     derived: Node | None = None
+    branches: tuple[Branch, ...] = ()
     deriving: list[Node] = field(default_factory=list)
     """The FROMs that are derived from this one, row by row of its keys."""
     constraints: tuple[Bound, ...] = ()
@@ -90,12 +93,20 @@ class Node:
     present: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}.{min(self.keys)}"
+        return f"{self.name}.{min(self.keys)}" if self.keys else self.name
 
     @property
     def key(self) -> Any:
         """A column of it that is its shard key."""
         return next(column for column in self.source.c if str(column.name) in self.keys)
+
+
+class Branch(NamedTuple):
+    """One branch of a set operation: its block, and the FROM of it on whose shard each of its rows is made; None if it
+    reads no sharded table, so that any shard makes them."""
+
+    block: BlockProof
+    anchor: Node | None
 
 
 @dataclass(slots=True, eq=False)
@@ -159,7 +170,7 @@ def close(proof: BlockProof) -> None:
         found: dict[int, Bound] = {}
         ids: dict[int, IdConstraint] = {}
         for reached in linked(node, scopes):
-            if reached.derived is not None:
+            if reached.derived is not None and not reached.branches:
                 found.update((id(constraint), constraint) for constraint in reached.derived.constraints)
             own = [constraint for scope in scopes for bound, constraint in scope.bounds if bound is reached]
             inherited = reached.constraints if reached.block is not proof else ()
@@ -203,14 +214,14 @@ def linked(start: Node, scopes: Sequence[Scope]) -> list[Node]:
 
 
 def push_down(proof: BlockProof) -> None:
-    """What binds a FROM that is derived binds the FROMs of its body which have that key, if nothing else is derived
-    from them: rows with other keys are not asked for."""
+    """What binds a FROM that is derived binds the FROMs of its body, or of all branches of it, which have that key, if
+    nothing else is derived from them: rows with other keys are not asked for."""
     for node in proof.nodes:
-        inner = node.derived
-        if inner is None or inner.deriving != [node]:
-            continue
-        for one in inner.block.nodes:
-            if any(other is inner for other in linked(one, holding(one.scope, one.block))):
-                one.constraints = tuple(dict.fromkeys((*one.constraints, *node.constraints)))
-                one.ids = tuple(dict.fromkeys((*one.ids, *node.ids)))
-        push_down(inner.block)
+        for inner in [node.derived] if not node.branches else [branch.anchor for branch in node.branches]:
+            if inner is None or inner.deriving != [node]:
+                continue
+            for one in inner.block.nodes:
+                if any(other is inner for other in linked(one, holding(one.scope, one.block))):
+                    one.constraints = tuple(dict.fromkeys((*one.constraints, *node.constraints)))
+                    one.ids = tuple(dict.fromkeys((*one.ids, *node.ids)))
+            push_down(inner.block)

@@ -194,8 +194,10 @@ class Grouping:
         return statement.limit(core._limit_clause).offset(core._offset_clause)
 
 
-def group(compiled: Compiled, columns: Sequence[Any], dialect: Dialect) -> tuple[Any, Grouping]:
-    """What each shard runs, and how the parts are put together; `Refusal`."""
+def group(
+    compiled: Compiled, columns: Sequence[Any], dialect: Dialect, instead: Mapping[int, Any]
+) -> tuple[Any, Grouping]:
+    """What each shard runs, and how the parts are put together; ``instead`` as `Prepared` has it. `Refusal`."""
     core = compiled.statement
     expressions = tuple(_vetted(element) for element in grouped_by(core))
     seen: dict[int, Any] = {}
@@ -219,7 +221,7 @@ def group(compiled: Compiled, columns: Sequence[Any], dialect: Dialect) -> tuple
     bare._distinct = False
     if not core._group_by_clauses:
         bare = bare.group_by(None)
-    empty = Prepared(dialect, core.where(false()), compiled)
+    empty = Prepared(dialect, core.where(false()), compiled, instead=instead)
     asks = any(name in TIME_FUNCTIONS for name in function_names(compiled))
     made = Grouping(compiled, columns, len(expressions), tuple(aggregates), expressions, empty, asks)
     made.final([("text", None)] * len(parts))  # tries whether all of it can be made of parts

@@ -78,7 +78,7 @@ def _slots(constraint: IdConstraint, call: Call, parameters: Mapping[str, Any]) 
         return None
     found: set[int] = set()
     for one in values:
-        sent = _sent(constraint, one)
+        sent = constraint.slot.sent(one, constraint.part)
         if sent is None:
             continue  # NULL equals nothing
         slot = None if sent is MISSING else carried(constraint.carrier, sent)
@@ -87,17 +87,6 @@ def _slots(constraint: IdConstraint, call: Call, parameters: Mapping[str, Any]) 
             return None
         found.add(slot)
     return frozenset(found)
-
-
-def _sent(constraint: IdConstraint, value: Any) -> Any:
-    processor = constraint.slot.processor
-    try:
-        if constraint.part is not None:
-            value = value[constraint.part]
-            processor = processor and processor[constraint.part]
-        return value if processor is None or value is MISSING else processor(value)
-    except Exception:  # of an application's own type: it is raised again where the statement runs
-        return MISSING
 
 
 def _tell(constraint: IdConstraint) -> None:

@@ -38,6 +38,8 @@ class Route(NamedTuple):
     shards: Mapping[int, ShardPart]
     merge: Merge | None
     streamed: bool = False
+    made_once: bool = False
+    """Whether its parts have a parameter that says on which of the shards rows are made that any of them can make."""
 
 
 class Plan:

@@ -22,18 +22,24 @@ from .refusals import Refusal
 
 
 class Prepared(Executable, ClauseElement):
-    """A derived statement. ``own`` are the names of the parameters that it has beside those of the original."""
+    """A derived statement. ``own`` are the names of the parameters that it has beside those of the original,
+    ``instead`` what stands in it in the place of a SELECT of the original, by `id`."""
 
     inherit_cache = False
     __visit_name__ = "shardkit_prepared"
 
     def __init__(
-        self, dialect: Dialect, statement: Any, compiled: Compiled, own: Mapping[str, Any] | None = None
+        self,
+        dialect: Dialect,
+        statement: Any,
+        compiled: Compiled,
+        own: Mapping[str, Any] | None = None,
+        instead: Mapping[int, Any] | None = None,
     ) -> None:
         derived = statement._generate()
         # The columns of mapped classes bring the ORM's compilation with them, which was done already.
         derived._propagate_attrs = derived._propagate_attrs.__class__()
-        self.compiled: Any = _compiler(dialect, compiled)(dialect, derived)
+        self.compiled: Any = _compiler(dialect, compiled, instead or {})(dialect, derived)
         self._own = dict(own or {})
         self._slots: dict[str, Slot] = {}
         for bind in self.compiled.bind_names:
@@ -60,13 +66,22 @@ class Prepared(Executable, ClauseElement):
         return self.compiled, None, None, dialect.CACHING_DISABLED
 
 
-def _compiler(dialect: Dialect, compiled: Compiled) -> Any:
+ONCE = "shardkit_once"
+"""The parameter that is true on one shard: the one that makes the rows which any shard can make."""
+
+
+def _compiler(dialect: Dialect, compiled: Compiled, instead: Mapping[int, Any]) -> Any:
     """A compiler that knows of the criteria of options (`with_loader_criteria`): they are in the statement by now, but
-    subqueries of it, which it compiles as the ORM does, look for them there."""
+    subqueries of it, which it compiles as the ORM does, look for them there. And of what is to stand in the place of
+    some SELECTs."""
+    base = one_clock(cast(Any, dialect.statement_compiler))
+
+    def visit_select(self: Any, element: Any, *args: Any, **kw: Any) -> Any:
+        return base.visit_select(self, instead.get(id(element), element), *args, **kw)
+
+    own = {"visit_select": visit_select} if instead else {}
     attributes = dict(compiled.compiler._global_attributes)
-    return type(
-        "Derived", (one_clock(cast(Any, dialect.statement_compiler)),), {"_global_attributes": attributes}
-    )
+    return type("Derived", (base,), {"_global_attributes": attributes, **own})
 
 
 def _slot(compiled: Compiled, bind: BindParameter[Any]) -> Slot:

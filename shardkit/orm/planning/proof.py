@@ -49,6 +49,7 @@ from .idrouting import IdConstraint, carrier_of
 from .locality import keeps_keys_apart
 from .recorder import Block, Compiled
 from .refusals import Refusal
+from .united import United, leaves, united, united_node
 
 _DERIVED = (Subquery, CTE, Lateral, TableValuedAlias, Values)
 """FROMs that hold no rows of their own: what they are made of is in blocks of its own, or in no table."""
@@ -61,12 +62,15 @@ def prove(compiled: Compiled) -> list[BlockProof]:
     """The blocks of a statement, outer ones first, with the constraints of each node; `Refusal` for a FROM that is
     not understood or not sharded."""
     known: dict[int, BlockProof] = {}
-    bodies: dict[int, BlockProof] = {}
+    bodies: dict[int, BlockProof | United] = {}
     for block in compiled.recording.blocks:
         proof = BlockProof(block, None if block.parent is None else known[id(block.parent)])
         known[id(block)] = proof
         if block.derived is not None:
             bodies[hash(block.derived)] = proof
+    for compound in compiled.recording.compounds:
+        if compound.derived is not None:
+            bodies[hash(compound.derived)] = united(compound, known)
     if any(_aggregates_outside(compiled, block) for block in compiled.recording.blocks):
         bodies.clear()
         for proof in known.values():
@@ -81,7 +85,7 @@ def prove(compiled: Compiled) -> list[BlockProof]:
     return proofs
 
 
-def _read(compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof]) -> None:
+def _read(compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof | United]) -> None:
     """Read a block, and before it those that it is derived from."""
     if proof.read:
         return
@@ -89,8 +93,8 @@ def _read(compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof
     for from_ in proof.block.froms:
         for element in _leaves(from_):
             body = bodies.get(hash(_origin(element)))
-            if body is not None:
-                _read(compiled, body, bodies)
+            for block in () if body is None else leaves(body):
+                _read(compiled, block, bodies)
     _Reader(compiled, proof, bodies).read()
     close(proof)
 
@@ -167,7 +171,9 @@ def sharded(table: Any) -> ShardedTable:
 class _Reader:
     """Fills a `BlockProof` from the FROMs and conditions of its block."""
 
-    def __init__(self, compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof]) -> None:
+    def __init__(
+        self, compiled: Compiled, proof: BlockProof, bodies: Mapping[int, BlockProof | United]
+    ) -> None:
         self._compiled = compiled
         self._proof = proof
         self._bodies = bodies
@@ -234,6 +240,8 @@ class _Reader:
     def _derived(self, from_: Any, scope: Scope) -> Node | None:
         """A FROM whose rows have the shard key of one of its body's FROMs; None if it does not return that."""
         body = self._bodies.get(hash(_origin(from_)))
+        if isinstance(body, United):
+            return united_node(self._compiled, self._proof, scope, from_, body)
         if body is None or body.parent is not None or not isinstance(from_, Subquery | CTE):
             return None
         columns = list(from_.c)

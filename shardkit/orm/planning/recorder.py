@@ -35,7 +35,8 @@ class Block:
     ``statement`` is the Core Select, Update or Delete that the block became; ``froms`` what its FROM clause shows (for
     an UPDATE or DELETE its table first), so not what it correlates to; ``parent`` the block that it stands in, if
     columns of that can be named in it; ``compared`` the comparison whose right side it is, as a whole; ``derived`` the
-    subquery or common table expression whose body it is, as a whole.
+    subquery or common table expression whose body it is, as a whole; ``given`` is the element of the statement that
+    became it, as it stands there.
     """
 
     statement: Any
@@ -44,11 +45,22 @@ class Block:
     columns: tuple[Any, ...] = ()
     compared: Any = None
     derived: Any = None
+    given: Any = None
 
     @property
     def criteria(self) -> tuple[Any, ...]:
         """The conditions of its WHERE, all of which hold."""
         return tuple(self.statement._where_criteria)
+
+
+@dataclass(slots=True, eq=False)
+class Compound:
+    """One set operation as it is rendered: its element, the subquery or common table expression whose body it is, as a
+    whole, and its branches, in order."""
+
+    element: Any
+    derived: Any
+    branches: list[Block | Compound] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -61,6 +73,12 @@ class Recording:
     elements: dict[str, list[Any]] = field(default_factory=dict)
     tables: Counter[Table] = field(default_factory=Counter)
     foreign: list[str] = field(default_factory=list)
+    compounds: list[Compound] = field(default_factory=list)
+    """Set operations, outer ones first."""
+    uniting: list[Compound] = field(default_factory=list)
+    """Those whose branches are being rendered."""
+    selecting: Any = None
+    """A SELECT that is about to be rendered."""
     comparing: Any = None
     """A comparison whose right side is about to be rendered."""
     deriving: Any = None
@@ -74,8 +92,19 @@ class Recording:
             self.comparing = element
         elif kind in _DERIVING:
             self.deriving = element
+        elif kind == "select":
+            self.selecting = element
         if kind == "table" and as_from:
             self.tables[element] += 1
+
+    def unite(self, element: Any, *, inside: bool) -> None:
+        """Note that a set operation begins, which is a branch of another one (``inside``) or none."""
+        found = Compound(element, None if inside else self.deriving)
+        self.deriving = None
+        if inside:
+            self.uniting[-1].branches.append(found)
+        self.compounds.append(found)
+        self.uniting.append(found)
 
 
 class _RecorderMixin:
@@ -105,9 +134,13 @@ class _RecorderMixin:
         columns = tuple(column for _, _, _, column, _ in compile_state.columns_plus_names)
         # A subquery in a FROM sees nothing of the block around it, unless it is LATERAL.
         parent = None if asfrom and not lateral else self._enclosing(self.stack[:-1])
-        block = Block(select, tuple(froms), parent, columns, *self._role(compound_index))
+        block = Block(
+            select, tuple(froms), parent, columns, *self._role(compound_index), given=self.recording.selecting
+        )
         self.stack[-1][_BLOCK] = block
         self.recording.blocks.append(block)
+        if compound_index is not None:
+            self.recording.uniting[-1].branches.append(block)
         return froms
 
     def _role(self, compound_index: int | None) -> tuple[Any, Any]:
@@ -148,8 +181,12 @@ def _noting(kind: str, visit: Callable[..., Any]) -> Callable[..., Any]:
         recording = self.recording
         around = recording.deriving
         recording.saw(kind, element, bool(kw.get("asfrom")))
+        if kind == "compound_select":
+            recording.unite(element, inside=kw.get("compound_index") is not None)
         rendered = visit(self, element, *args, **kw)
-        if kind in _COMPARING:
+        if kind == "compound_select":
+            recording.uniting.pop()
+        elif kind in _COMPARING:
             recording.comparing = None
         elif kind in _DERIVING:
             recording.deriving = around
@@ -290,6 +327,17 @@ class Slot:
     def processed(self, value: Any) -> Any:
         """What is sent for a value."""
         return value if self.processor is None else self.processor(value)
+
+    def sent(self, value: Any, part: int | None = None) -> Any:
+        """What is sent for a value, or for one ``part`` of a tuple; `MISSING` if that cannot be told."""
+        processor = self.processor
+        try:
+            if part is not None:
+                value = value[part]
+                processor = processor and processor[part]
+            return value if processor is None or value is MISSING else processor(value)
+        except Exception:  # of an application's own type: it is raised again where the statement runs
+            return MISSING
 
     def value(self, call: Call, parameters: Mapping[str, Any]) -> Any:
         """The raw value in one call; `MISSING` if it has none yet."""

@@ -12,22 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, Table
+from sqlalchemy import CompoundSelect, Select, Table
 from sqlalchemy.engine import Dialect
 
 from .anchor import anchored, local_nodes
 from .arranging import MOST, Arrangement, arrange
+from .binding import possible
 from .closure import BlockProof, Node
 from .elements import grouped_by, is_set
 from .grouping import Grouping, group
 from .locality import holds_key, is_grouped, windows_hold_key
 from .merge import Merge
 from .ownership import BOUNDS, ODD, owned_in
-from .prepared import Prepared
+from .prepared import ONCE, Prepared
 from .recorder import Call, Compiled
 from .refusals import Refusal
 from .streaming import Streamed
 from .totals import Totals, totals
+from .united import as_compiled, as_select, statements, vet_types
 from .vetting import vet_scatter
 from .vocabulary import TIME_FUNCTIONS
 
@@ -41,6 +43,32 @@ class Reading:
     plain: Prepared
     owned: Prepared
     merging: Arrangement | Grouping | Totals
+
+    @property
+    def reason(self) -> str:
+        """Where each row is made, for people."""
+        if not self.anchor.branches:
+            return f"each row is made on the shard of its {self.anchor}"
+        names = ", ".join(dict.fromkeys(str(one.anchor) for one in self.anchor.branches if one.anchor))
+        return f"each row is made on the shard of its branch's {names}"
+
+    @property
+    def made_once(self) -> bool:
+        """Whether branches of its set operation are made on one of its shards, whichever."""
+        return any(branch.anchor is None for branch in self.anchor.branches)
+
+    def positions(self, call: Call, parameters: Mapping[str, Any]) -> Mapping[int, Any] | None:
+        """The positions that the rows of its anchor can have, or of the anchors of all branches; None if they are not
+        known."""
+        if not self.anchor.branches:
+            return possible(self.anchor.constraints, call, parameters)
+        found: dict[int, Any] = {}
+        for branch in self.anchor.branches:
+            allowed = {} if branch.anchor is None else possible(branch.anchor.constraints, call, parameters)
+            if allowed is None:
+                return None
+            found.update(allowed)
+        return found
 
     def is_wrong(self, call: Call, parameters: Mapping[str, Any]) -> bool:
         """Whether LIMIT or OFFSET are such that any server refuses them."""
@@ -71,12 +99,13 @@ class Reading:
 
 def reading(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> Reading:
     """How a SELECT runs on several shards; `Refusal` if that could answer differently from one database."""
-    if compiled.given.is_from_statement:
+    core, distinct = compiled.statement, False
+    if isinstance(core, CompoundSelect):
+        top, distinct = as_select(compiled, proofs)
+        core, proofs = top.block.statement, [top, *proofs]
+    elif compiled.given.is_from_statement:
         raise Refusal("from-statement", "from_statement() runs on one shard")
-    core = compiled.statement
-    if not isinstance(core, Select):
-        raise Refusal("set-operation", "a set operation runs on one shard")
-    if proofs[0].block.statement is not core:
+    elif not isinstance(core, Select) or proofs[0].block.statement is not core:
         raise Refusal("derived", "a common table expression runs on one shard")
     anchor = anchored(proofs)
     vet_scatter(compiled, TIME_FUNCTIONS)
@@ -88,24 +117,28 @@ def reading(compiled: Compiled, proofs: list[BlockProof], dialect: Dialect) -> R
     local = local_nodes(top, anchor)
     merging: Arrangement | Grouping | Totals
     if is_grouped(core, columns) and not holds_key(grouped_by(core), local, rendered):
+        vet_types(compiled, proofs)
         total = totals(core, columns)
-        part, merging = (core, total) if total is not None else group(compiled, columns, dialect)
+        part, merging = (
+            (core, total) if total is not None else group(compiled, columns, dialect, as_compiled(compiled))
+        )
     else:
         if not windows_hold_key(core, columns, local, rendered):
             raise Refusal("window", "a window function without the shard key in PARTITION BY needs all rows")
         _vet_lock(core)
-        distinct = bool(core._distinct) and not holds_key(columns, local, rendered)
+        distinct = distinct or (bool(core._distinct) and not holds_key(columns, local, rendered))
         part, merging = arrange(
-            compiled, columns, _identities(compiled, proofs[0], columns), distinct=distinct
+            compiled, core, columns, _identities(compiled, top, columns), distinct=distinct
         )
-    own = {MOST: None}
-    predicate = owned_in(anchor.key, anchor.table.key_type)
-    return Reading(
-        anchor,
-        Prepared(dialect, part, compiled, own),
-        Prepared(dialect, part.where(predicate), compiled, {**own, BOUNDS: None, ODD: None}),
-        merging,
-    )
+
+    def prepared(*, owned: bool) -> Prepared:
+        own = {MOST: None, ONCE: None} | ({BOUNDS: None, ODD: None} if owned else {})
+        made = part
+        if owned and not anchor.branches:
+            made = part.where(owned_in(anchor.key, anchor.table.key_type))
+        return Prepared(dialect, made, compiled, own, statements(compiled, anchor, owned=owned))
+
+    return Reading(anchor, prepared(owned=False), prepared(owned=True), merging)
 
 
 _CLAUSES: dict[str, tuple[str, str]] = {

@@ -196,9 +196,8 @@ class ReadingPlan(SeveralPlan):
     @property
     def reason(self) -> str:  # type: ignore[override]
         """The anchor."""
-        anchor = self._reading.anchor
         several = "several keys of" if self._positions is not None else "every key of"
-        return f"each row is made on the shard of its {anchor}; {several} it are asked for"
+        return f"{self._reading.reason}; {several} it are asked for"
 
     @property
     def merging(self) -> str:  # type: ignore[override]
@@ -215,7 +214,10 @@ class ReadingPlan(SeveralPlan):
         merge: Merge,
         own: Mapping[str, Any],
     ) -> None:
-        super().__init__(statement, parameters, proof, reading.anchor.constraints, call, reading.anchor.ids)
+        anchor = reading.anchor
+        super().__init__(statement, parameters, proof, anchor.constraints, call, anchor.ids)
+        if anchor.branches:
+            self._positions, self._split = reading.positions(call, parameters), None
         self._reading = reading
         self._merge = merge
         self._own = own
@@ -223,7 +225,7 @@ class ReadingPlan(SeveralPlan):
     def route(self, topology: Topology, *, prefer: Collection[int] = ()) -> Route:
         """Every owner of rows, each with its own part of a list of keys, or with the ownership predicate if rows are
         in transit there."""
-        shards = self._shards(topology)
+        shards = self._shards(topology) or {topology.ring.owner_at(0): []}  # no row: which any shard may say
         if len(shards) == 1:
             ((shard_id, positions),) = shards.items()
             if positions is not None or not self._strays(topology, shard_id):
@@ -231,7 +233,8 @@ class ReadingPlan(SeveralPlan):
         parts = {
             shard_id: self._part(topology, shard_id, positions) for shard_id, positions in shards.items()
         }
-        return Route(parts, self._merge, isinstance(self._merge, Streamed))
+        streamed = isinstance(self._merge, Streamed)
+        return Route(parts, self._merge, streamed, self._reading.made_once)
 
     def _part(self, topology: Topology, shard_id: int, positions: list[int] | None) -> ShardPart:
         prepared, own = self._reading.plain, dict(self._own)
