@@ -76,8 +76,11 @@ class _OneClock:
 
     def _told(self, func: Any) -> ColumnElement[Any] | None:
         """What stands for a function; None for those that stay, with arguments that no server takes among them."""
-        name, arguments = plain_name(func), [str(one) for one in func.clauses]
-        if name not in self.times or not all(one.isdecimal() for one in arguments) or len(arguments) > 1:
+        name = plain_name(func)
+        if name not in self.times:
+            return None
+        arguments = [str(one) for one in func.clauses]
+        if len(arguments) > 1 or not all(one.isdecimal() for one in arguments):
             return None
         precision = int(arguments[0]) if arguments else None
         parameter = NOW if name in TRANSACTION_TIMES else STARTED
