@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import JobRunning, NothingToDo
+from shardkit.core.errors import NothingToDo
 from shardkit.core.move import Mode
 from shardkit.rebalance.mover import plan_job
 from shardkit.storage.catalog import Catalog
@@ -55,8 +55,7 @@ def plan(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 def look(catalog: str, mode: Mode = Mode.AUTO) -> dict[str, Any]:
     """The plan of the weights that the topology states; `JobRunning` while a job is unfinished."""
     with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
-        if opened.running_job() is not None:
-            raise JobRunning
+        opened.require_no_job()
         topology, placement = plan_job(opened)
         return {"version": topology.version, **plans.describe(topology, placement, shards, mode)}
 
