@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from shardkit.core.move import FINAL, Phase
+from shardkit.core.move import STILL, Phase
 from shardkit.rebalance.progress import Progress
 
 from .output import duration, narration_console, size
@@ -57,7 +57,7 @@ class Bars:
         if progress.transfer not in self._tasks:
             name = f"{progress.source} -> {progress.target}"
             self._tasks[progress.transfer] = bars.add_task(name, total=None, facts="", reason="")
-        over = progress.phase in FINAL
+        over = progress.phase in STILL
         expected = max(progress.rows_expected, progress.rows)
         bars.update(
             self._tasks[progress.transfer],  # type: ignore[arg-type]

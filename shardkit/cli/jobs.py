@@ -11,7 +11,7 @@ from shardkit.core.move import FINAL, sentence
 from shardkit.core.placement import plan
 from shardkit.core.topology import Topology
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage.catalog import Catalog, Job, TransferRow
+from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import ShardConnections
 
 from .live import progress
@@ -19,16 +19,21 @@ from .output import duration, size, table
 from .plans import slots
 
 RESUME = "`shardkit rebalance resume` goes on with it; `shardkit rebalance abort` turns back."
+ROLLED_BACK = (
+    "the weights still ask for what was rolled back: `shardkit shard reweight` makes them those of now, `shardkit "
+    "rebalance run` moves the rows again."
+)
 
 
 def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     """The job as a document.
 
-    ``id``, ``kind``, ``state`` (running, done, aborted), ``attempts``, ``last_error``, ``slots_moved``,
+    ``id``, ``kind``, ``state`` (running, kept, done, aborted, rolled back), ``keep_source``, ``attempts``,
+    ``last_error``, ``slots_moved``,
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
-    part), ``live`` (see `live.progress`); those not known are null.
+    part), ``pause_back_ms`` (of a rollback's), ``live`` (see `live.progress`); those not known are null.
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
@@ -37,7 +42,8 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "kind": job.kind,
-        "state": job.state,
+        "state": "kept" if catalog.is_kept(job) else job.state,
+        "keep_source": job.keeps_source,
         "attempts": job.attempts,
         "last_error": job.last_error,
         "slots_moved": job.goal.slots_moved,
@@ -67,12 +73,13 @@ def _transfer(
         "rows_purged": row.record.get("rows_purged"),
         "copy_seconds": None if copied is None else round(copied, 3),
         "pause_ms": row.record.get("pause_ms"),
+        "pause_back_ms": row.record.get("pause_back_ms"),
         "live": progress(catalog, topology, row, shards),
     }
 
 
 def is_over(document: Mapping[str, Any]) -> bool:
-    """Whether the job that a document describes has ended."""
+    """Whether no mover has anything to do for the job that a document describes."""
     return bool(document["state"] != "running")
 
 
@@ -81,8 +88,9 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
     holder = catalog.lease_holder()
     if holder is not None:
         return f"wait for the mover at work ({holder}); `shardkit rebalance status --watch` follows it."
-    if catalog.running_job() is not None:
-        return RESUME
+    job = catalog.running_job()
+    if job is not None:
+        return KEPT_HINT if catalog.is_kept(job) else RESUME
     if catalog.proposed() is not None:
         return "`shardkit rebalance resume` settles a change of topology that was interrupted."
     if topology is None:
@@ -90,6 +98,9 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
     if not topology.tables:
         return "`shardkit schema declare MODULE:ATTR` declares the sharded tables."
     if plan(topology, weights_of(topology)).transfers:
+        latest = catalog.latest_job()
+        if latest is not None and latest.state == "rolled back":
+            return ROLLED_BACK
         return "`shardkit rebalance run` gives every shard its share; `shardkit rebalance plan` shows what would move."
     return None
 
@@ -137,4 +148,11 @@ def _live(state: Mapping[str, Any] | None) -> str:
     if state["tables_copied"] < state["tables"]:
         done = f"{state['tables_copied']} of {state['tables']} tables copied"
         return f" ({done}, {state['rows_copying']:,} rows of the others)"
-    return f" ({size(state['lag_bytes'])} behind)" if state["lag_bytes"] else ""
+    facts = []
+    if not state["enabled"]:
+        facts.append("the replication has stopped")
+    if state["lag_bytes"]:
+        facts.append(f"{size(state['lag_bytes'])} behind")
+    if state["wal_retained"]:
+        facts.append(f"{size(state['wal_retained'])} of WAL retained")
+    return f" ({', '.join(facts)})" if facts else ""

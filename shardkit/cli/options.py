@@ -43,6 +43,14 @@ Patience = Annotated[
         help="Seconds to wait for a lock, a moment to cut over, or a server that is away.",
     ),
 ]
+KeepSource = Annotated[
+    bool,
+    typer.Option(
+        "--keep-source",
+        envvar="SHARDKIT_KEEP_SOURCE",
+        help="Let the sources keep the moved rows, as they are written, until `rebalance finalize` or `rollback`.",
+    ),
+]
 
 MoveMode = Annotated[
     Mode,

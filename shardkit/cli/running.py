@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from shardkit.core.errors import MoverStopped
-from shardkit.core.move import FINAL
+from shardkit.core.move import STILL
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage.catalog import Job
@@ -34,7 +34,7 @@ def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patie
             where = [
                 f"{progress.source} -> {progress.target} is {progress.phase.value}"
                 for progress in bars.latest.values()
-                if progress.phase not in FINAL
+                if progress.phase not in STILL
             ]
             raise MoverStopped(
                 f"Stopped between two steps: {', '.join(where) or 'nothing was begun'}.", transfers=where

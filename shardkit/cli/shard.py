@@ -25,7 +25,7 @@ from shardkit.storage.urls import redacted, sqlalchemy_url, without_password
 from . import jobs, plans
 from .asking import confirm, refuse_silence
 from .models import METAVAR, Provisional, load
-from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
+from .options import AsJson, CatalogUrl, KeepSource, MoveMode, Parallel, Patience, Yes, one_of
 from .output import narrate, next_step, percent, show, table
 from .reach import Lent
 from .replica import replica
@@ -116,6 +116,7 @@ def add(
     models: Models = None,
     plan_only: PlanOnly = False,
     no_run: NoRun = False,
+    keep_source: KeepSource = False,
     yes: Yes = False,
     mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
@@ -130,7 +131,7 @@ def add(
     one_of(plan_only=plan_only, no_run=no_run)
     newcomer = Newcomer(name, _told_of_password(url), weight, load(models) if models else None)
     with Catalog.open(catalog) as opened:
-        placement, planned = _look(opened, newcomer, mode)
+        placement, planned = _look(opened, newcomer, mode, keep_source)
         runs = bool(planned["transfers"]) and not no_run and not plan_only
         if runs:
             plans.refuse_problems(planned)
@@ -148,7 +149,10 @@ def add(
     if runs:
         job = carry(
             catalog,
-            lambda mover: (mover.start(f"add shard {name}", mode=mode), mover.run())[1],
+            lambda mover: (
+                mover.start(f"add shard {name}", mode=mode, keep_source=keep_source),
+                mover.run(),
+            )[1],
             parallel=parallel,
             patience=patience,
         )
@@ -162,13 +166,15 @@ def _told_of_password(url: str) -> str:
     return bare
 
 
-def _look(catalog: Catalog, newcomer: Newcomer, mode: Mode) -> tuple[Placement, dict[str, Any]]:
+def _look(
+    catalog: Catalog, newcomer: Newcomer, mode: Mode, keep_source: bool
+) -> tuple[Placement, dict[str, Any]]:
     """Check everything, and tell what would move; changes nothing."""
     with Lent("shardkit plan") as shards, _tables_of(newcomer) as (connection, _):
         topology = _checked(catalog, shards, connection, newcomer)
         shards.lend(topology.named(newcomer.name).id, connection)
         placement = plan(topology, weights_of(topology))
-        return placement, plans.describe(topology, placement, shards, mode)
+        return placement, plans.describe(topology, placement, shards, mode, back=keep_source)
 
 
 def _checked(
