@@ -181,6 +181,8 @@ def _job(catalog: Catalog) -> Finding:
     if catalog.is_kept(job):
         detail = f"the sources of job {job.id} keep the moved rows, and replication holds back WAL for them"
         return Finding(CATALOG, "job", Level.NOTE, detail, KEPT_HINT)
+    if job.paused:
+        return Finding(CATALOG, "job", Level.NOTE, f"job {job.id} is paused", jobs.RESUME)
     reason = f": {job.last_error}" if job.last_error else ""
     return Finding(
         CATALOG,

@@ -28,8 +28,8 @@ ROLLED_BACK = (
 def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     """The job as a document.
 
-    ``id``, ``kind``, ``state`` (running, kept, done, aborted, rolled back), ``keep_source``, ``attempts``,
-    ``last_error``, ``slots_moved``,
+    ``id``, ``kind``, ``state`` (running, kept, done, aborted, rolled back), ``paused`` (it was told to, since
+    a mover last began), ``keep_source``, ``attempts``, ``last_error``, ``slots_moved``,
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
@@ -43,6 +43,7 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
         "id": job.id,
         "kind": job.kind,
         "state": "kept" if catalog.is_kept(job) else job.state,
+        "paused": job.paused,
         "keep_source": job.keeps_source,
         "attempts": job.attempts,
         "last_error": job.last_error,
@@ -108,7 +109,8 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
 def draw(console: Console, job: Mapping[str, Any]) -> None:
     """Draw the job."""
     mover = f", mover {job['mover']}" if job["mover"] and not is_over(job) else ""
-    console.print(f"Job {job['id']} ({job['kind']}): {job['state']}{mover}", soft_wrap=True)
+    paused = ", paused" if job["paused"] and not is_over(job) else ""
+    console.print(f"Job {job['id']} ({job['kind']}): {job['state']}{paused}{mover}", soft_wrap=True)
     numbers = ("slots", "rows", "copy", "pause")
     rows = [
         [

@@ -1,4 +1,4 @@
-"""`shardkit rebalance`: plan, run, status, resume, abort, rollback, finalize."""
+"""`shardkit rebalance`: plan, run, status, pause, resume, abort, rollback, finalize."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import NothingToDo
+from shardkit.core.errors import MoveWaiting, NothingToDo
 from shardkit.core.move import Mode
 from shardkit.rebalance.mover import plan_job
-from shardkit.storage.catalog import Catalog
+from shardkit.storage.catalog import KEPT_HINT, Catalog
 from shardkit.storage.connections import ShardConnections
 
 from . import jobs, plans
@@ -47,7 +47,7 @@ Interval = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="Give every shard its share of the keys.", no_args_is_help=True)
-    for command in (plan, run, status, resume, abort, rollback, finalize):
+    for command in (plan, run, status, pause, resume, abort, rollback, finalize):
         group.command(command.__name__)(command)
     app.add_typer(group, name="rebalance")
 
@@ -111,6 +111,36 @@ def run(
         patience=patience,
     )
     show_job(catalog, job, as_json, plan=planned)
+
+
+def pause(catalog: CatalogUrl, patience: Patience = PATIENCE, as_json: AsJson = False) -> None:
+    """Let the mover at work, in whatever terminal, end between two steps; the job stays where it is.
+
+    The servers go on with a copy that they have begun, and follow what is written. `shardkit rebalance resume` goes on.
+    """
+    with Catalog.open(catalog) as opened:
+        job = opened.running_job()
+        if job is None:
+            raise NothingToDo
+        if opened.is_kept(job):
+            raise NothingToDo(f"No mover works on job {job.id}, whose sources are kept.", hint=KEPT_HINT)
+        opened.pause(job.id)
+        _wait_for_end(opened, job.id, patience)
+        document = jobs.describe(opened, opened.job(job.id))
+    show_job(catalog, document, as_json)
+
+
+def _wait_for_end(catalog: Catalog, job_id: int, patience: float) -> None:
+    """Until the mover that works now does not any more."""
+    holder, deadline = catalog.lease_holder(), time.monotonic() + patience
+    while holder is not None and catalog.lease_holder() == holder:
+        if time.monotonic() > deadline:
+            raise MoveWaiting(
+                f"The mover was told to pause and is still in its step: {holder}.",
+                hint="It ends after that step; `shardkit rebalance status` shows what it waits for.",
+            )
+        time.sleep(0.1)
+        catalog.pause(job_id)  # once more, as a mover that was about to begin has not seen the first
 
 
 def resume(

@@ -24,10 +24,12 @@ PATIENCE = 120.0
 
 
 def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patience: float) -> dict[str, Any]:
-    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal ended it."""
+    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal, or `rebalance
+    pause`, ended it."""
     with Bars() as bars, _stoppable(bars) as stop:
+        mover = Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop)
         try:
-            with Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop) as mover:
+            with mover:
                 job = act(mover)
                 return {**jobs.describe(mover.catalog, job), "mover": None}
         except Interrupted as error:
@@ -37,7 +39,10 @@ def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patie
                 if progress.phase not in STILL
             ]
             raise MoverStopped(
-                f"Stopped between two steps: {', '.join(where) or 'nothing was begun'}.", transfers=where
+                f"{'Paused' if mover.paused else 'Stopped'} between two steps: "
+                f"{', '.join(where) or 'nothing was begun'}.",
+                transfers=where,
+                paused=mover.paused,
             ) from error
 
 

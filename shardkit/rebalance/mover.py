@@ -31,6 +31,7 @@ from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
 from .opening import Openings
+from .pausing import Ear
 from .progress import Listener
 from .transfer import TransferRun
 from .waiting import Interrupted, Surroundings
@@ -73,6 +74,8 @@ class Mover:
         self._patience = patience
         self._listener = listener
         self._stop = stop or threading.Event()
+        self.paused = False
+        """Whether the stop was a pause."""
 
     def __enter__(self) -> Mover:
         self.catalog = Catalog.open(self._catalog_url, application="shardkit mover")
@@ -163,6 +166,14 @@ class Mover:
 
     def _run(self, abort: bool) -> Job:
         job = self.job()
+        self.catalog.begin_job(job.id)
+        with Ear(self._catalog_url, job.id, self._stop) as ear:
+            try:
+                return self._carry_all(job, abort)
+            finally:
+                self.paused = ear.paused
+
+    def _carry_all(self, job: Job, abort: bool) -> Job:
         errors: list[BaseException] = []
         with ThreadPoolExecutor(self._parallel, thread_name_prefix="transfer") as pool:
             futures = [

@@ -47,6 +47,7 @@ class Job:
     attempts: int
     last_error: str | None
     options: dict[str, Any] = field(default_factory=dict)
+    paused: bool = False
 
     @property
     def keeps_source(self) -> bool:
@@ -74,7 +75,7 @@ _TRANSFERS = """
 SELECT id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for
 FROM shardkit.transfers WHERE {} = %s ORDER BY id
 """
-_JOBS = "SELECT id, kind, state, goal, attempts, last_error, options FROM shardkit.jobs"
+_JOBS = "SELECT id, kind, state, goal, attempts, last_error, options, paused FROM shardkit.jobs"
 _RUNNING_JOB = f"{_JOBS} WHERE state = 'running'"
 _JOB = f"{_JOBS} WHERE id = %s"
 _LATEST_JOB = f"{_JOBS} ORDER BY id DESC LIMIT 1"
@@ -293,8 +294,8 @@ class Catalog:
         row = self.connection.execute(query, parameters).fetchone()
         if row is None:
             return None
-        number, kind, state, goal, attempts, last_error, options = row
-        return Job(number, kind, state, Placement.from_json(goal), attempts, last_error, options)
+        number, kind, state, goal, *rest = row
+        return Job(number, kind, state, Placement.from_json(goal), *rest)
 
     def job(self, job_id: int) -> Job:
         """One job."""
@@ -318,6 +319,26 @@ class Catalog:
                 (state, job_id),
             )
             self.event(cursor, f"job {state}", job=job_id)
+
+    def pause(self, job_id: int) -> None:
+        """Ask whoever works on a job to stop. A wish, so it needs no lease; the mover reads it."""
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            cursor.execute("UPDATE shardkit.jobs SET paused = true WHERE id = %s AND NOT paused", (job_id,))
+            if cursor.rowcount:
+                self.event(cursor, "job paused", job=job_id)
+
+    def is_paused(self, job_id: int) -> bool:
+        """Whether somebody asked for it since the job was last begun."""
+        return bool(value(self.connection, "SELECT paused FROM shardkit.jobs WHERE id = %s", (job_id,)))
+
+    def begin_job(self, job_id: int, **options: Any) -> None:
+        """A mover begins, or goes on: the job is not paused. ``options`` that are not None hold from now on."""
+        told = {name: option for name, option in options.items() if option is not None}
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.jobs SET paused = false, options = options || %s WHERE id = %s",
+                (Jsonb(told), job_id),
+            )
 
     def transfers(self, job_id: int) -> list[TransferRow]:
         """The transfers of a job, in the order they were planned."""

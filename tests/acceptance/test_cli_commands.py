@@ -334,6 +334,29 @@ def test_a_stopped_run_goes_on(
     call("rebalance", "resume", **environment).failed(3, "no unfinished job")
 
 
+def test_a_run_is_paused_from_another_terminal(
+    program: Program, call: Program, start: Callable[..., Running], make_shards: MakeShards
+) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), USERS)
+    environment = {"SHARDKIT_CATALOG": shards.catalog_url}
+    call("rebalance", "pause", **environment).failed(3, "no unfinished job")
+    with Blocker(shards.topology().named("s1").url):
+        running = start("rebalance", "run", "--yes", "--json", **environment)
+        running.wait_for("waits: the replication slot")
+        paused = call("rebalance", "pause", "--json", **environment).ok().document
+        assert (paused["job"]["state"], paused["job"]["paused"], paused["job"]["mover"]) == ("running", True, None)
+        assert paused["next"].startswith("`shardkit rebalance resume` goes on")
+        ended = running.end().failed(5, "Paused between two steps: s1 -> s2 is copying", "rebalance resume")
+        assert ended.document["paused"] is True
+        again = call("rebalance", "pause", **environment).ok().out  # nobody is at work
+        assert "Job 1 (rebalance): running, paused" in again
+        assert "job 1 is paused" in call("doctor", **environment).ok().out
+    done = program("rebalance", "resume", "--json", **environment).ok().document
+    assert (done["job"]["state"], done["job"]["paused"]) == ("done", False)
+    shards.assert_clean()
+
+
 def test_an_aborted_run_leaves_everything_as_it_was(
     program: Program, call: Program, start: Callable[..., Running], make_shards: MakeShards
 ) -> None:

@@ -63,7 +63,7 @@ def test_the_commands() -> None:
         "init", "shard add", "shard list", "shard replica", "schema declare", "ids split", "route", "status", "doctor",
         "transactions list", "transactions recover",
         "rebalance plan", "rebalance run", "rebalance status", "rebalance resume", "rebalance abort",
-        "rebalance rollback", "rebalance finalize",
+        "rebalance pause", "rebalance rollback", "rebalance finalize",
     }  # fmt: skip
 
 
