@@ -10,6 +10,7 @@ from rich.console import Console
 
 from shardkit.core.errors import MoveWaiting, NothingToDo
 from shardkit.core.move import Mode
+from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import plan_job
 from shardkit.storage.catalog import KEPT_HINT, Catalog
 from shardkit.storage.connections import ShardConnections
@@ -21,6 +22,9 @@ from .options import (
     AsJson,
     CatalogUrl,
     KeepSource,
+    MaxLag,
+    MaxRows,
+    MaxWal,
     MoveMode,
     Parallel,
     Patience,
@@ -86,6 +90,9 @@ def run(
     mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    max_wal_retained: MaxWal = None,
     as_json: AsJson = False,
 ) -> None:
     """Move rows until every shard holds its share by weight.
@@ -109,6 +116,7 @@ def run(
         lambda mover: (mover.start("rebalance", mode=mode, keep_source=keep_source), mover.run())[1],
         parallel=parallel,
         patience=patience,
+        limits=Limits(max_rows_per_second, max_lag, max_wal_retained),
     )
     show_job(catalog, job, as_json, plan=planned)
 
@@ -144,13 +152,20 @@ def _wait_for_end(catalog: Catalog, job_id: int, patience: float) -> None:
 
 
 def resume(
-    catalog: CatalogUrl, parallel: Parallel = PARALLEL, patience: Patience = PATIENCE, as_json: AsJson = False
+    catalog: CatalogUrl,
+    parallel: Parallel = PARALLEL,
+    patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    max_wal_retained: MaxWal = None,
+    as_json: AsJson = False,
 ) -> None:
     """Go on with the unfinished job from the phases that the catalog holds, and settle an interrupted change."""
     with Catalog.open(catalog) as opened:
         pending = opened.proposed() is not None
     try:
-        job = carry(catalog, lambda mover: mover.run(), parallel=parallel, patience=patience)
+        limits = Limits(max_rows_per_second, max_lag, max_wal_retained)
+        job = carry(catalog, lambda mover: mover.run(), parallel=parallel, patience=patience, limits=limits)
     except NothingToDo:
         if not pending:
             raise
@@ -179,22 +194,34 @@ def abort(
 
 
 def rollback(
-    catalog: CatalogUrl, parallel: Parallel = PARALLEL, patience: Patience = PATIENCE, as_json: AsJson = False
+    catalog: CatalogUrl,
+    parallel: Parallel = PARALLEL,
+    patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    as_json: AsJson = False,
 ) -> None:
     """Bring the arcs of a job back to the sources that keep its rows, with all that was written since.
 
     Like the move: rows are compared by content, applications go on, and it can be stopped, resumed, and aborted before
     its cutover.
     """
-    job = carry(catalog, lambda mover: mover.rollback(), parallel=parallel, patience=patience)
+    limits = Limits(max_rows_per_second, max_lag)
+    job = carry(catalog, lambda mover: mover.rollback(), parallel=parallel, patience=patience, limits=limits)
     show_job(catalog, job, as_json)
 
 
 def finalize(
-    catalog: CatalogUrl, parallel: Parallel = PARALLEL, patience: Patience = PATIENCE, as_json: AsJson = False
+    catalog: CatalogUrl,
+    parallel: Parallel = PARALLEL,
+    patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    as_json: AsJson = False,
 ) -> None:
     """Delete the moved rows from the sources that kept them. From then on there is no way back."""
-    job = carry(catalog, lambda mover: mover.finalize(), parallel=parallel, patience=patience)
+    limits = Limits(max_rows_per_second, max_lag)
+    job = carry(catalog, lambda mover: mover.finalize(), parallel=parallel, patience=patience, limits=limits)
     show_job(catalog, job, as_json)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from shardkit.core.errors import MoverStopped
 from shardkit.core.move import STILL
+from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage.catalog import Job
@@ -23,11 +24,20 @@ PARALLEL = 2
 PATIENCE = 120.0
 
 
-def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patience: float) -> dict[str, Any]:
+def carry(
+    catalog_url: str,
+    act: Callable[[Mover], Job],
+    *,
+    parallel: int,
+    patience: float,
+    limits: Limits | None = None,
+) -> dict[str, Any]:
     """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal, or `rebalance
     pause`, ended it."""
     with Bars() as bars, _stoppable(bars) as stop:
-        mover = Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop)
+        mover = Mover(
+            catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop, limits=limits
+        )
         try:
             with mover:
                 job = act(mover)

@@ -16,6 +16,7 @@ from shardkit.core.keyrange import SLOTS
 from shardkit.core.move import Mode
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import SHARD_NAME, Topology
+from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import plan_job, weights_of
 from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
@@ -25,7 +26,19 @@ from shardkit.storage.urls import redacted, sqlalchemy_url, without_password
 from . import jobs, plans
 from .asking import confirm, refuse_silence
 from .models import METAVAR, Provisional, load
-from .options import AsJson, CatalogUrl, KeepSource, MoveMode, Parallel, Patience, Yes, one_of
+from .options import (
+    AsJson,
+    CatalogUrl,
+    KeepSource,
+    MaxLag,
+    MaxRows,
+    MaxWal,
+    MoveMode,
+    Parallel,
+    Patience,
+    Yes,
+    one_of,
+)
 from .output import narrate, next_step, percent, show, table
 from .reach import Lent
 from .replica import replica
@@ -121,6 +134,9 @@ def add(
     mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    max_wal_retained: MaxWal = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a database a shard and move its share of the keys there, while applications go on.
@@ -155,6 +171,7 @@ def add(
             )[1],
             parallel=parallel,
             patience=patience,
+            limits=Limits(max_rows_per_second, max_lag, max_wal_retained),
         )
     _show_added(catalog, newcomer, planned, job, as_json, joined=not plan_only)
 

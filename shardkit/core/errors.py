@@ -511,3 +511,10 @@ class MoveWaiting(RetryLater):
 
     The reason is named above; then `shardkit rebalance resume`.
     """
+
+
+class WalBudgetExceeded(RetryLater):
+    """The source had to keep more WAL for a copy than --max-wal-retained allows, so the copy was given up.
+
+    `shardkit rebalance resume` copies again, with a larger --max-wal-retained or when less is written.
+    """

@@ -139,7 +139,10 @@ TABLE: tuple[Transition, ...] = (
     ),
     *(
         Transition(
-            phase, Event.SERVER_CHANGED, Phase.PREPARING, "A server failed over; starting the copy again."
+            phase,
+            Event.SERVER_CHANGED,
+            Phase.PREPARING,
+            "A server failed over, or the copy was given up; starting it again.",
         )
         for phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.VERIFYING, Phase.CUTTING_OVER)
     ),

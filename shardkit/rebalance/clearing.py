@@ -10,7 +10,8 @@ import psycopg
 from shardkit.core.errors import MoverSuperseded
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable
-from shardkit.storage import change, inspection, openings, purge, replication, sourceguard
+from shardkit.storage import change, inspection, openings, purge, replication, sourceguard, tables
+from shardkit.storage.attended import attended
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
@@ -46,7 +47,7 @@ class Clearing:
             done += rows
             run.track.update(rows=run.track.now.rows + rows)
             failpoint(f"{run.row.phase.value}.batch")
-            run.around.pause(0)
+            self._let_standbys_follow(connection, shard)
 
         while True:
             if topology.owned(shard.id) & arcs:
@@ -60,6 +61,8 @@ class Clearing:
                     token=run.around.token,
                     in_force=in_force,
                     on_batch=on_batch,
+                    pause=run.around.pause,
+                    rows_per_second=run.limits.rows_per_second,
                 )
                 return done
             except psycopg.errors.UndefinedTable:
@@ -70,6 +73,25 @@ class Clearing:
                 blocker = replication.oldest_writer(connection) or "a session that locks it"
                 run.waits.tell(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
                 run.around.pause(0.02)
+
+    def _let_standbys_follow(self, connection: Connection, shard: Shard) -> None:
+        run = self._run
+        run.around.pause(0)
+        if run.limits.lag is None:
+            return
+        while (replication.standby_lag(connection) or 0) > run.limits.lag:
+            run.waits.tell(
+                f"the deletion on shard {shard.name} waits for a standby that is behind (--max-lag)"
+            )
+            run.around.pause(0.2)
+        run.waits.tell(None)
+
+    def vacuum(self, shard: Shard) -> None:
+        """Make the place of the deleted rows free again. Can take long, and ends at once when the mover is stopped."""
+        run = self._run
+        connection = run.shards.get(shard)
+        for table in run.tables:
+            attended(connection, partial(tables.vacuum, connection, table), lambda: run.around.pause(0))
 
     def remove_triggers(self, shard: Shard) -> None:
         """Drop the triggers of the transfer on a shard, and what they noted."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardkit.core.move import Event, Mode
 from shardkit.core.topology import Shard, ShardedTable
-from shardkit.storage import change, inspection, replicaidentity, sourceguard, tables
+from shardkit.storage import change, inspection, replicaidentity, replication, sourceguard, tables
 from shardkit.storage.attended import attended
 from shardkit.storage.connections import transaction
 from shardkit.storage.failpoints import failpoint
@@ -34,7 +34,9 @@ class LogicalCopier:
 
     def __init__(self, run: TransferRun) -> None:
         self._run = run
-        self.stream = Stream(run, run.source_shard, run.target_shard, run.name)
+        self.stream = Stream(
+            run, run.source_shard, run.target_shard, run.name, budget=run.limits.wal_retained
+        )
         self._verifier: Verifier | None = None
 
     def begin_phase(self) -> None:
@@ -120,10 +122,14 @@ class LogicalCopier:
         return int(rows * share), int(sum(table.bytes for table in found if table) * share)
 
     def _same_servers(self) -> bool:
-        """Whether both servers are the ones that the copy began with, and its slot is of use."""
+        """Whether both servers are the ones that the copy began with, and it is there and its slot of use."""
         run = self._run
         stored = run.catalog.transfer(run.row.id).record.get("identities", {})
-        return stored == run.identities() and not self.stream.is_lost()
+        if stored != run.identities() or self.stream.is_lost():
+            return False
+        began = "copy_began" in run.catalog.transfer(run.row.id).record
+        # One that is gone was given up, for the WAL that it held back.
+        return not began or replication.subscription_exists(run.target, run.name)
 
     # --- copy, catch up, verify ------------------------------------------------------------------------------------
 
@@ -134,17 +140,18 @@ class LogicalCopier:
             return Event.SERVER_CHANGED
         record = run.catalog.transfer(run.row.id).record
         run.track.update(rows_expected=record["rows_expected"], bytes_expected=record["bytes_expected"])
+        self.stream.make()
         if "copy_began" not in record:
             # The servers go on copying while no mover looks, so the clock is the wall's.
             record["copy_began"] = time.time()
             run.catalog.note(run.row.id, copy_began=record["copy_began"])
-        self.stream.make()
         rows: dict[str, int] = {}
         size: dict[str, int] = {}
         forgot = worked = time.monotonic()
         while True:
             state = self.stream.state()
             self.stream.require_slot()
+            self.stream.require_budget()
             rows |= state.rows
             size |= state.bytes
             run.track.update(rows=sum(rows.values()), bytes=sum(size.values()))

@@ -30,6 +30,7 @@ from shardkit.storage import change, indoubt, inspection, replicaidentity
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
+from .limits import Limits
 from .opening import Openings
 from .pausing import Ear
 from .progress import Listener
@@ -57,7 +58,8 @@ class Mover:
     """Runs the catalog's unfinished job. A context manager: it holds the lease from entry to exit.
 
     ``parallel`` transfers at a time; ``patience`` is the time in seconds that it waits for a lock, a moment to cut
-    over, or a server that is away, before it stops with `MoveWaiting`; ``stop`` ends it between two steps.
+    over, or a server that is away, before it stops with `MoveWaiting`; ``stop`` ends it between two steps; ``limits``
+    hold for the job from now on.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class Mover:
         patience: float = 120.0,
         listener: Listener = lambda progress: None,
         stop: threading.Event | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._catalog_url = catalog_url
         self._parallel = parallel
         self._patience = patience
         self._listener = listener
+        self._limits = limits or Limits()
         self._stop = stop or threading.Event()
         self.paused = False
         """Whether the stop was a pause."""
@@ -166,7 +170,7 @@ class Mover:
 
     def _run(self, abort: bool) -> Job:
         job = self.job()
-        self.catalog.begin_job(job.id)
+        self.catalog.begin_job(job.id, **self._limits.as_options())
         with Ear(self._catalog_url, job.id, self._stop) as ear:
             try:
                 return self._carry_all(job, abort)

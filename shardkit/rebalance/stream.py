@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.core.errors import MoveWaiting, ReplicationFailed
+from shardkit.core.errors import MoveWaiting, ReplicationFailed, WalBudgetExceeded
 from shardkit.core.topology import Shard
 from shardkit.storage import change, fence, replication
 from shardkit.storage.attended import attended
@@ -40,7 +40,14 @@ class Stream:
     step for an operator when its slot is lost."""
 
     def __init__(
-        self, run: TransferRun, publisher: Shard, subscriber: Shard, name: str, remedy: str = COPY_AGAIN
+        self,
+        run: TransferRun,
+        publisher: Shard,
+        subscriber: Shard,
+        name: str,
+        *,
+        remedy: str = COPY_AGAIN,
+        budget: int | None = None,
     ) -> None:
         self._run = run
         self._around = run.around
@@ -49,6 +56,7 @@ class Stream:
         self.subscriber_shard = subscriber
         self.name = name
         self._remedy = remedy
+        self._budget = budget
         self._revivals = 0
         self._ready = 0
 
@@ -214,6 +222,7 @@ class Stream:
             if time.monotonic() - started > 2:
                 if sender is None:
                     self.require_slot()
+                self.require_budget()
                 self._waits.tell(f"shard {self.subscriber_shard.name} applies the writes made meanwhile")
             self._around.pause(0.005)
 
@@ -221,6 +230,18 @@ class Stream:
         """Wait until the subscriber is less than `SMALL_LAG` behind."""
         while self.wait_replayed() > SMALL_LAG:
             self._around.pause(0)
+
+    def require_budget(self) -> None:
+        """`WalBudgetExceeded` where the publisher has to keep more WAL than it may."""
+        budget, retained = self._budget, self.retained() if self._budget is not None else None
+        if budget is not None and retained is not None and retained > budget:
+            raise WalBudgetExceeded(
+                f"Shard {self.publisher_shard.name} had to keep {retained:,} bytes of WAL for the copy, and "
+                f"--max-wal-retained allows {budget:,}: the copy was given up.",
+                shard=self.publisher_shard.name,
+                retained=retained,
+                budget=budget,
+            )
 
     def retained(self) -> int | None:
         """Bytes of WAL that the publisher keeps for the subscriber."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from shardkit.core.errors import MoverSuperseded, MoveWaiting
+from shardkit.core.errors import MoverSuperseded, MoveWaiting, WalBudgetExceeded
 from shardkit.core.move import ACTIONS, STILL, Action, Event, Mode, can_abort, step
 from shardkit.core.topology import Shard, Topology
 from shardkit.storage import change, servers, tables
@@ -22,6 +22,7 @@ from shardkit.storage.connections import Connection, ShardConnections, transacti
 from shardkit.storage.failpoints import failpoint
 
 from .clearing import Clearing
+from .limits import Limits
 from .locked import LockedCopier
 from .logical import LogicalCopier
 from .opening import Openings, stream_name
@@ -57,7 +58,9 @@ class TransferRun:
         self.shards = ShardConnections()
         self.probes = ShardConnections("shardkit mover probe")
         self.name = stream_name(self.catalog, row.id)
-        self.keeps_source = self.catalog.job(row.job_id).keeps_source
+        job = self.catalog.job(row.job_id)
+        self.keeps_source = job.keeps_source
+        self.limits = Limits.of(job.options)
         topology = self.topology()
         self.source_shard = topology.by_id[row.source]
         self.target_shard = topology.by_id[row.target]
@@ -111,7 +114,12 @@ class TransferRun:
             self.around.pause(0)
             self.track.enter(self.row.phase)
             failpoint(f"{self.row.phase.value}.begin")
-            self._take(self._actions[ACTIONS[self.row.phase]]())
+            try:
+                event = self._actions[ACTIONS[self.row.phase]]()
+            except WalBudgetExceeded:
+                self.copier.end()  # nothing else lets the WAL go; what was copied is copied again
+                raise
+            self._take(event)
         self.track.enter(self.row.phase)
 
     def abort(self) -> None:
@@ -233,9 +241,10 @@ class TransferRun:
         """Delete the rows of the arcs on the shard that does not own them any more, and all that marks them there;
         ``stand_down`` takes the triggers away."""
         deleted = self.clearing.delete_rows(shard)
-        for connection in (self.source, self.target):
-            for table in self.tables:
-                tables.analyze(connection, table)
+        self.clearing.vacuum(shard)
+        other = self.target if shard is self.source_shard else self.source
+        for table in self.tables:
+            tables.analyze(other, table)
         stand_down()
         self.change(lambda now, version: now.unmarked(version, shard.id, self.row.arcs), self.around.patience)
         purged = self.catalog.transfer(self.row.id).record.get("rows_purged", 0)

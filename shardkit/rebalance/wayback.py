@@ -35,7 +35,7 @@ class WayBack:
 
     def __init__(self, run: TransferRun) -> None:
         self._run = run
-        self.stream = Stream(run, run.target_shard, run.source_shard, name_back(run.name), FINALIZE)
+        self.stream = Stream(run, run.target_shard, run.source_shard, name_back(run.name), remedy=FINALIZE)
         self._verifier: Verifier | None = None
 
     # --- keeping the source ----------------------------------------------------------------------------------------
