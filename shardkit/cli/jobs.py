@@ -7,13 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from shardkit.core.move import FINAL, sentence
+from shardkit.core.move import FINAL, STILL, sentence
 from shardkit.core.placement import plan
 from shardkit.core.topology import Topology
 from shardkit.rebalance.mover import weights_of
 from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import ShardConnections
 
+from .bars import counts
 from .live import progress
 from .output import duration, size, table
 from .plans import slots
@@ -33,12 +34,18 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
-    part), ``pause_back_ms`` (of a rollback's), ``live`` (see `live.progress`); those not known are null.
+    part), ``pause_back_ms`` (of a rollback's), ``progress`` (what the mover reported last of
+    this phase: ``rows``, ``rows_expected``, ``bytes``, ``bytes_expected``, ``rate``, ``seconds_left``, ``lag_bytes``;
+    the last three null unless one is at work), ``live`` (see `live.progress`, asked of the servers now); those not
+    known are null.
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
+    holder = catalog.lease_holder()
     with ShardConnections("shardkit status") as shards:
-        transfers = [_transfer(catalog, topology, row, shards) for row in catalog.transfers(job.id)]
+        transfers = [
+            _transfer(catalog, topology, row, shards, holder is not None) for row in catalog.transfers(job.id)
+        ]
     return {
         "id": job.id,
         "kind": job.kind,
@@ -49,13 +56,13 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
         "last_error": job.last_error,
         "slots_moved": job.goal.slots_moved,
         "slots_minimum": job.goal.slots_minimum,
-        "mover": catalog.lease_holder(),
+        "mover": holder,
         "transfers": transfers,
     }
 
 
 def _transfer(
-    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections
+    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections, at_work: bool
 ) -> dict[str, Any]:
     rows = row.record.get("certificate", {}).get("rows")
     copied = row.record.get("copy_seconds")
@@ -75,7 +82,18 @@ def _transfer(
         "copy_seconds": None if copied is None else round(copied, 3),
         "pause_ms": row.record.get("pause_ms"),
         "pause_back_ms": row.record.get("pause_back_ms"),
+        "progress": _reported(row, at_work),
         "live": progress(catalog, topology, row, shards),
+    }
+
+
+def _reported(row: TransferRow, at_work: bool) -> dict[str, Any] | None:
+    if row.progress is None or row.progress["phase"] != row.phase or row.phase in STILL:
+        return None
+    of_now = {name: row.progress[name] if at_work else None for name in ("rate", "seconds_left", "lag_bytes")}
+    return {
+        **{name: row.progress[name] for name in ("rows", "rows_expected", "bytes", "bytes_expected")},
+        **of_now,
     }
 
 
@@ -137,24 +155,27 @@ def _rows(move: Mapping[str, Any]) -> str | None:
 def _draw_reasons(console: Console, move: Mapping[str, Any]) -> None:
     name = f"{move['source']} -> {move['target']}"
     if move["phase"] not in FINAL:
-        console.print(f"{name}: {move['sentence']}{_live(move['live'])}", soft_wrap=True)
+        told = ", ".join(_counts(move["progress"]) + _live(move["live"]))
+        console.print(f"{name}: {move['sentence']}" + (f" ({told})" if told else ""), soft_wrap=True)
     if move["waiting_for"]:
         console.print(f"{name} waits: {move['waiting_for']}", soft_wrap=True)
     if move["last_error"]:
         console.print(f"{name} failed ({move['attempts']} times): {move['last_error']}", soft_wrap=True)
 
 
-def _live(state: Mapping[str, Any] | None) -> str:
+def _counts(reported: Mapping[str, Any] | None) -> list[str]:
+    # How far the target is behind, the servers tell themselves.
+    return counts({**reported, "lag_bytes": None}) if reported is not None else []
+
+
+def _live(state: Mapping[str, Any] | None) -> list[str]:
     if state is None:
-        return ""
+        return []
     if state["tables_copied"] < state["tables"]:
-        done = f"{state['tables_copied']} of {state['tables']} tables copied"
-        return f" ({done}, {state['rows_copying']:,} rows of the others)"
-    facts = []
-    if not state["enabled"]:
-        facts.append("the replication has stopped")
-    if state["lag_bytes"]:
-        facts.append(f"{size(state['lag_bytes'])} behind")
-    if state["wal_retained"]:
-        facts.append(f"{size(state['wal_retained'])} of WAL retained")
-    return f" ({', '.join(facts)})" if facts else ""
+        copying = f"{state['rows_copying']:,} rows of the others"
+        return [f"{state['tables_copied']} of {state['tables']} tables copied", copying]
+    return [
+        *([] if state["enabled"] else ["the replication has stopped"]),
+        *([f"{size(state['lag_bytes'])} behind"] if state["lag_bytes"] else []),
+        *([f"{size(state['wal_retained'])} of WAL retained"] if state["wal_retained"] else []),
+    ]

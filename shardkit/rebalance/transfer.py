@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
+
+import psycopg
 
 from shardkit.core.errors import MoverSuperseded, MoveWaiting, WalBudgetExceeded
 from shardkit.core.move import ACTIONS, STILL, Action, Event, Mode, can_abort, step
@@ -26,7 +29,7 @@ from .limits import Limits
 from .locked import LockedCopier
 from .logical import LogicalCopier
 from .opening import Openings, stream_name
-from .progress import Tracker
+from .progress import Reporter, Tracker
 from .stream import PATIENT, Stream
 from .verify import Verifier
 from .waiting import Surroundings, Waits
@@ -65,9 +68,8 @@ class TransferRun:
         self.source_shard = topology.by_id[row.source]
         self.target_shard = topology.by_id[row.target]
         self.tables = topology.tables
-        self.track = Tracker(
-            row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener
-        )
+        listener = Reporter(around.listener, self._report)
+        self.track = Tracker(row.id, self.source_shard.name, self.target_shard.name, row.phase, listener)
         self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self.clearing = Clearing(self)
         self.copier = self._chosen_copier()
@@ -89,6 +91,11 @@ class TransferRun:
             Action.CLEAR: self.way_back.clear,
             Action.STAY: self.way_back.stay,
         }
+
+    def _report(self, progress: dict[str, Any]) -> None:
+        # Not worth a failure: whatever keeps the catalog away is met by the next step.
+        with suppress(psycopg.Error):
+            self.catalog.report(self.row.id, progress)
 
     def _chosen_copier(self) -> Copier:
         """By the mode that is stored for the transfer; before anything was done, a mode is chosen and stored."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, LiteralString, Self
@@ -69,10 +69,12 @@ class TransferRow:
     attempts: int
     last_error: str | None
     waiting_for: str | None
+    progress: dict[str, Any] | None = None
+    """What the mover reported last."""
 
 
 _TRANSFERS = """
-SELECT id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for
+SELECT id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for, progress
 FROM shardkit.transfers WHERE {} = %s ORDER BY id
 """
 _JOBS = "SELECT id, kind, state, goal, attempts, last_error, options, paused FROM shardkit.jobs"
@@ -399,6 +401,13 @@ class Catalog:
             cursor.execute(
                 "UPDATE shardkit.transfers SET waiting_for = %s, updated_at = now() WHERE id = %s",
                 (reason, transfer_id),
+            )
+
+    def report(self, transfer_id: int, progress: Mapping[str, Any]) -> None:
+        """Let others see how far a transfer is."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET progress = %s WHERE id = %s", (Jsonb(progress), transfer_id)
             )
 
     def failed(self, transfer: TransferRow, error: str) -> None:

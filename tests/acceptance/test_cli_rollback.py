@@ -67,3 +67,14 @@ def test_what_would_stand_in_the_way_back_is_found_before_a_row_moves(two: Shard
     assert "to go back, shard s1" in plan["problems"][0]
     call("rebalance", "run", "--keep-source", "--yes").failed(3, "to go back, shard s1")
     assert call("rebalance", "plan", "--json").ok().document["problems"] == []
+
+
+def test_locked_steps_keep_no_source(two: Shards, call: Program) -> None:
+    refused = call("rebalance", "run", "--mode", "locked", "--keep-source", "--yes")
+    refused.failed(3, "rows leave shard s1 in locked steps, which keep no source")
+    call("rebalance", "status").ok()
+    assert (
+        call("rebalance", "run", "--mode", "locked", "--yes", "--json").ok().document["job"]["state"]
+        == "done"
+    )
+    two.assert_clean()
