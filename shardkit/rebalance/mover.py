@@ -27,7 +27,7 @@ from shardkit.core.move import FINAL, ROLLBACK, STILL, Event, Mode, Phase, step
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
 from shardkit.storage import change, indoubt, inspection, replicaidentity
-from shardkit.storage.catalog import Catalog, Job, TransferRow
+from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
 from .limits import Limits
@@ -109,6 +109,7 @@ class Mover:
 
         With ``keep_source`` the sources keep the moved rows, as they are written, until `finalize` or `rollback`.
         """
+        self.catalog.require_no_job()
         _, goal = plan_job(self.catalog, weights)
         if not goal.transfers:
             raise NothingToDo(
@@ -130,7 +131,15 @@ class Mover:
         return self._run(abort=False)
 
     def abort(self) -> Job:
-        """Take back every transfer, and every rollback, that is not decided yet, and finish those that are."""
+        """Take back every transfer, and every rollback, that is not decided yet, and finish those that are.
+
+        `NothingToDo` where the sources are kept: an abort would be no answer to what becomes of them.
+        """
+        job = self.job()
+        if self.catalog.is_kept(job):
+            raise NothingToDo(
+                f"Nothing of job {job.id} is under way: its sources keep the moved rows.", hint=KEPT_HINT
+            )
         return self._run(abort=True)
 
     def finalize(self) -> Job:

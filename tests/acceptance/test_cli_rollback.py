@@ -34,6 +34,8 @@ def test_a_move_is_rolled_back_and_made_again(two: Shards, call: Program) -> Non
     assert value(two.on("s1"), COUNT) == USERS
 
     call("rebalance", "run", "--yes").failed(3, "still keep the moved rows", "shardkit rebalance finalize")
+    call("rebalance", "abort").failed(3, "Nothing of job 1 is under way", "shardkit rebalance rollback")
+    call("rebalance", "pause").failed(3, "No mover works on job 1", "shardkit rebalance finalize")
     watched = call("rebalance", "status", "--watch").ok().out
     assert "Job 1 (rebalance): kept" in watched
     assert "The source keeps the rows until `rebalance finalize`" in watched
