@@ -57,12 +57,8 @@ class WayBack:
         """Replicate to the source what is written on the target since it opened."""
         run = self._run
         position = openings.read(run.target, run.row.id)
-        if position is None:
-            raise RollbackImpossible(
-                f"Shard {run.target_shard.name} does not know where it opened, so nothing can follow from there.",
-                hint=FINALIZE,
-            )
-        self.stream.begin_at(position)
+        if position is not None:  # else the target lost it, and more: a rollback will be refused
+            self.stream.begin_at(position)
 
     def drop(self) -> None:
         """End it on both sides."""
