@@ -52,7 +52,7 @@ def points(usual: str, rest: str) -> list[object]:
 
 KEEPING = points(
     "cutting over.before opening\ncut over.begun",
-    "catching up.published\ncatching up.slot\nchange.decided:2\nchange.opened:2\nchange.recorded:2\ncut over.begin\n"
+    "catching up.published\ncatching up.slot\nchange.decided:2\nchange.opened\nchange.recorded:2\ncut over.begin\n"
     "drop.subscription:3\ndrop.slot:3\ncut over.subscribed\ncut over.enabled\ncut over.end",
 )
 GOING_BACK = points(
