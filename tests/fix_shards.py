@@ -47,6 +47,7 @@ LEFTOVERS = {
     "markers": "SELECT relname FROM pg_class "
     "WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov[a-z]+_[0-9]'",
     "changed": "SELECT key FROM shardkit.changed",
+    "opened": "SELECT transfer_id FROM shardkit.opened",
     "identities": "SELECT relation FROM shardkit.replica_identity",
     "indexes": "SELECT relname FROM pg_class WHERE relname ~ '^shardkit_'",
     "locks": "SELECT relation::regclass FROM pg_locks l JOIN pg_class c ON c.oid = l.relation "
@@ -105,11 +106,21 @@ class Shards:
             return True
         return False
 
-    def move(self, mode: Mode = Mode.AUTO, **options: Any) -> Job:
+    def move(self, mode: Mode = Mode.AUTO, *, keep_source: bool = False, **options: Any) -> Job:
         """Make a job and carry it out."""
         with Mover(self.catalog_url, **{"patience": 30.0, **options}) as mover:
-            mover.start("rebalance", mode=mode)
+            mover.start("rebalance", mode=mode, keep_source=keep_source)
             return mover.run()
+
+    def rollback(self, **options: Any) -> Job:
+        """Bring the arcs of the kept job back."""
+        with Mover(self.catalog_url, **{"patience": 30.0, **options}) as mover:
+            return mover.rollback()
+
+    def finalize(self, **options: Any) -> Job:
+        """Let the sources of the kept job go."""
+        with Mover(self.catalog_url, **{"patience": 30.0, **options}) as mover:
+            return mover.finalize()
 
     def resume(self, **options: Any) -> Job:
         """Carry the unfinished job to its end."""

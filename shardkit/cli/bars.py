@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from rich.progress import BarColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from shardkit.core.move import FINAL, Phase
+from shardkit.core.move import STILL, Phase
 from shardkit.rebalance.progress import Progress
 
 from .output import duration, narration_console, size
@@ -57,7 +58,7 @@ class Bars:
         if progress.transfer not in self._tasks:
             name = f"{progress.source} -> {progress.target}"
             self._tasks[progress.transfer] = bars.add_task(name, total=None, facts="", reason="")
-        over = progress.phase in FINAL
+        over = progress.phase in STILL
         expected = max(progress.rows_expected, progress.rows)
         bars.update(
             self._tasks[progress.transfer],  # type: ignore[arg-type]
@@ -83,23 +84,26 @@ class Bars:
 
 def facts(progress: Progress) -> str:
     """Rows, bytes, rate, time left and lag in one line."""
+    return ", ".join(counts(progress.as_dict()))
+
+
+def counts(reported: Mapping[str, Any]) -> list[str]:
+    """The same as parts, of `Progress.as_dict`; what is null there is left out."""
     parts = []
-    if progress.rows:
+    if reported["rows"]:
         # The expected number is an estimate, which may turn out too small.
-        known = progress.rows_expected > progress.rows
-        parts.append(
-            f"{progress.rows:,} of about {progress.rows_expected:,} rows"
-            if known
-            else f"{progress.rows:,} rows"
-        )
-        if progress.bytes:
-            parts.append(size(progress.bytes))
-        parts.append(f"{progress.rate:,.0f} rows/s")
-        if known and progress.seconds_left is not None:
-            parts.append(f"{duration(progress.seconds_left)} left")
-    if progress.lag_bytes:
-        parts.append(f"{size(progress.lag_bytes)} behind")
-    return ", ".join(parts)
+        known = reported["rows_expected"] > reported["rows"]
+        rows = f"{reported['rows']:,}"
+        parts.append(f"{rows} of about {reported['rows_expected']:,} rows" if known else f"{rows} rows")
+        if reported["bytes"]:
+            parts.append(size(reported["bytes"]))
+        if reported["rate"] is not None:
+            parts.append(f"{reported['rate']:,.0f} rows/s")
+        if known and reported["seconds_left"] is not None:
+            parts.append(f"{duration(reported['seconds_left'])} left")
+    if reported["lag_bytes"]:
+        parts.append(f"{size(reported['lag_bytes'])} behind")
+    return parts
 
 
 class _Field(TextColumn):

@@ -28,7 +28,7 @@ from shardkit.storage import (
     servers,
     tables,
 )
-from shardkit.storage.catalog import Catalog
+from shardkit.storage.catalog import KEPT_HINT, Catalog
 from shardkit.storage.connections import Connection, value
 from shardkit.storage.urls import redacted
 
@@ -178,6 +178,11 @@ def _job(catalog: Catalog) -> Finding:
     holder = catalog.lease_holder()
     if holder is not None:
         return Finding(CATALOG, "job", Level.OK, f"job {job.id} is run by {holder}")
+    if catalog.is_kept(job):
+        detail = f"the sources of job {job.id} keep the moved rows, and replication holds back WAL for them"
+        return Finding(CATALOG, "job", Level.NOTE, detail, KEPT_HINT)
+    if job.paused:
+        return Finding(CATALOG, "job", Level.NOTE, f"job {job.id} is paused", jobs.RESUME)
     reason = f": {job.last_error}" if job.last_error else ""
     return Finding(
         CATALOG,

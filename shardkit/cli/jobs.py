@@ -7,48 +7,62 @@ from typing import Any
 
 from rich.console import Console
 
-from shardkit.core.move import FINAL, sentence
+from shardkit.core.move import FINAL, STILL, sentence
 from shardkit.core.placement import plan
 from shardkit.core.topology import Topology
 from shardkit.rebalance.mover import weights_of
-from shardkit.storage.catalog import Catalog, Job, TransferRow
+from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import ShardConnections
 
+from .bars import counts
 from .live import progress
 from .output import duration, size, table
 from .plans import slots
 
 RESUME = "`shardkit rebalance resume` goes on with it; `shardkit rebalance abort` turns back."
+ROLLED_BACK = (
+    "the weights still ask for what was rolled back: `shardkit shard reweight` makes them those of now, `shardkit "
+    "rebalance run` moves the rows again."
+)
 
 
 def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     """The job as a document.
 
-    ``id``, ``kind``, ``state`` (running, done, aborted), ``attempts``, ``last_error``, ``slots_moved``,
+    ``id``, ``kind``, ``state`` (running, kept, done, aborted, rolled back), ``paused`` (it was told to, since
+    a mover last began), ``keep_source``, ``attempts``, ``last_error``, ``slots_moved``,
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
-    part), ``live`` (see `live.progress`); those not known are null.
+    part), ``pause_back_ms`` (of a rollback's), ``progress`` (what the mover reported last of
+    this phase: ``rows``, ``rows_expected``, ``bytes``, ``bytes_expected``, ``rate``, ``seconds_left``, ``lag_bytes``;
+    the last three null unless one is at work), ``live`` (see `live.progress`, asked of the servers now); those not
+    known are null.
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
+    holder = catalog.lease_holder()
     with ShardConnections("shardkit status") as shards:
-        transfers = [_transfer(catalog, topology, row, shards) for row in catalog.transfers(job.id)]
+        transfers = [
+            _transfer(catalog, topology, row, shards, holder is not None) for row in catalog.transfers(job.id)
+        ]
     return {
         "id": job.id,
         "kind": job.kind,
-        "state": job.state,
+        "state": "kept" if catalog.is_kept(job) else job.state,
+        "paused": job.paused,
+        "keep_source": job.keeps_source,
         "attempts": job.attempts,
         "last_error": job.last_error,
         "slots_moved": job.goal.slots_moved,
         "slots_minimum": job.goal.slots_minimum,
-        "mover": catalog.lease_holder(),
+        "mover": holder,
         "transfers": transfers,
     }
 
 
 def _transfer(
-    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections
+    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections, at_work: bool
 ) -> dict[str, Any]:
     rows = row.record.get("certificate", {}).get("rows")
     copied = row.record.get("copy_seconds")
@@ -67,12 +81,24 @@ def _transfer(
         "rows_purged": row.record.get("rows_purged"),
         "copy_seconds": None if copied is None else round(copied, 3),
         "pause_ms": row.record.get("pause_ms"),
+        "pause_back_ms": row.record.get("pause_back_ms"),
+        "progress": _reported(row, at_work),
         "live": progress(catalog, topology, row, shards),
     }
 
 
+def _reported(row: TransferRow, at_work: bool) -> dict[str, Any] | None:
+    if row.progress is None or row.progress["phase"] != row.phase or row.phase in STILL:
+        return None
+    of_now = {name: row.progress[name] if at_work else None for name in ("rate", "seconds_left", "lag_bytes")}
+    return {
+        **{name: row.progress[name] for name in ("rows", "rows_expected", "bytes", "bytes_expected")},
+        **of_now,
+    }
+
+
 def is_over(document: Mapping[str, Any]) -> bool:
-    """Whether the job that a document describes has ended."""
+    """Whether no mover has anything to do for the job that a document describes."""
     return bool(document["state"] != "running")
 
 
@@ -81,8 +107,9 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
     holder = catalog.lease_holder()
     if holder is not None:
         return f"wait for the mover at work ({holder}); `shardkit rebalance status --watch` follows it."
-    if catalog.running_job() is not None:
-        return RESUME
+    job = catalog.running_job()
+    if job is not None:
+        return KEPT_HINT if catalog.is_kept(job) else RESUME
     if catalog.proposed() is not None:
         return "`shardkit rebalance resume` settles a change of topology that was interrupted."
     if topology is None:
@@ -90,6 +117,9 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
     if not topology.tables:
         return "`shardkit schema declare MODULE:ATTR` declares the sharded tables."
     if plan(topology, weights_of(topology)).transfers:
+        latest = catalog.latest_job()
+        if latest is not None and latest.state == "rolled back":
+            return ROLLED_BACK
         return "`shardkit rebalance run` gives every shard its share; `shardkit rebalance plan` shows what would move."
     return None
 
@@ -97,7 +127,8 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
 def draw(console: Console, job: Mapping[str, Any]) -> None:
     """Draw the job."""
     mover = f", mover {job['mover']}" if job["mover"] and not is_over(job) else ""
-    console.print(f"Job {job['id']} ({job['kind']}): {job['state']}{mover}", soft_wrap=True)
+    paused = ", paused" if job["paused"] and not is_over(job) else ""
+    console.print(f"Job {job['id']} ({job['kind']}): {job['state']}{paused}{mover}", soft_wrap=True)
     numbers = ("slots", "rows", "copy", "pause")
     rows = [
         [
@@ -124,17 +155,27 @@ def _rows(move: Mapping[str, Any]) -> str | None:
 def _draw_reasons(console: Console, move: Mapping[str, Any]) -> None:
     name = f"{move['source']} -> {move['target']}"
     if move["phase"] not in FINAL:
-        console.print(f"{name}: {move['sentence']}{_live(move['live'])}", soft_wrap=True)
+        told = ", ".join(_counts(move["progress"]) + _live(move["live"]))
+        console.print(f"{name}: {move['sentence']}" + (f" ({told})" if told else ""), soft_wrap=True)
     if move["waiting_for"]:
         console.print(f"{name} waits: {move['waiting_for']}", soft_wrap=True)
     if move["last_error"]:
         console.print(f"{name} failed ({move['attempts']} times): {move['last_error']}", soft_wrap=True)
 
 
-def _live(state: Mapping[str, Any] | None) -> str:
+def _counts(reported: Mapping[str, Any] | None) -> list[str]:
+    # How far the target is behind, the servers tell themselves.
+    return counts({**reported, "lag_bytes": None}) if reported is not None else []
+
+
+def _live(state: Mapping[str, Any] | None) -> list[str]:
     if state is None:
-        return ""
+        return []
     if state["tables_copied"] < state["tables"]:
-        done = f"{state['tables_copied']} of {state['tables']} tables copied"
-        return f" ({done}, {state['rows_copying']:,} rows of the others)"
-    return f" ({size(state['lag_bytes'])} behind)" if state["lag_bytes"] else ""
+        copying = f"{state['rows_copying']:,} rows of the others"
+        return [f"{state['tables_copied']} of {state['tables']} tables copied", copying]
+    return [
+        *([] if state["enabled"] else ["the replication has stopped"]),
+        *([f"{size(state['lag_bytes'])} behind"] if state["lag_bytes"] else []),
+        *([f"{size(state['wal_retained'])} of WAL retained"] if state["wal_retained"] else []),
+    ]

@@ -22,21 +22,22 @@ class Leftover:
 # Each returns: what it is, the first digits of the cluster's id or null, the transfer's id or null, the remedy.
 _OF_TRANSFERS = (
     r"""
-    SELECT format('subscription %I', subname), substring(subname FROM '^shardkit_([0-9a-f]{8})_\d+$'),
-           substring(subname FROM '^shardkit_[0-9a-f]{8}_(\d+)$')::bigint,
+    SELECT format('subscription %I', subname), substring(subname FROM '^shardkit_([0-9a-f]{8})_\d+(?:_back)?$'),
+           substring(subname FROM '^shardkit_[0-9a-f]{8}_(\d+)(?:_back)?$')::bigint,
            format('ALTER SUBSCRIPTION %1$I DISABLE; ALTER SUBSCRIPTION %1$I SET (slot_name = NONE); '
                   'DROP SUBSCRIPTION %1$I;', subname)
     FROM pg_subscription
     WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND subname ~ '^shardkit_'
     """,
     r"""
-    SELECT format('publication %I', pubname), substring(pubname FROM '^shardkit_([0-9a-f]{8})_\d+$'),
-           substring(pubname FROM '^shardkit_[0-9a-f]{8}_(\d+)$')::bigint, format('DROP PUBLICATION %I;', pubname)
+    SELECT format('publication %I', pubname), substring(pubname FROM '^shardkit_([0-9a-f]{8})_\d+(?:_back)?$'),
+           substring(pubname FROM '^shardkit_[0-9a-f]{8}_(\d+)(?:_back)?$')::bigint,
+           format('DROP PUBLICATION %I;', pubname)
     FROM pg_publication WHERE pubname ~ '^shardkit_'
     """,
     r"""
-    SELECT format('replication slot %I', slot_name), substring(slot_name FROM '^shardkit_([0-9a-f]{8})_\d+$'),
-           substring(slot_name FROM '^shardkit_[0-9a-f]{8}_(\d+)$')::bigint,
+    SELECT format('replication slot %I', slot_name), substring(slot_name FROM '^shardkit_([0-9a-f]{8})_\d+(?:_back)?$'),
+           substring(slot_name FROM '^shardkit_[0-9a-f]{8}_(\d+)(?:_back)?$')::bigint,
            format('SELECT pg_drop_replication_slot(%L);', slot_name)
     FROM pg_replication_slots WHERE database = current_database() AND slot_name ~ '^shardkit_'
     """,
@@ -61,6 +62,11 @@ _OF_TRANSFERS = (
     SELECT 'refusal of writes to moved rows', NULL, transfer_id,
            format('DELETE FROM shardkit.moved WHERE transfer_id = %s;', transfer_id)
     FROM shardkit.moved
+    """,
+    """
+    SELECT 'note of where it opened', NULL, transfer_id,
+           format('DELETE FROM shardkit.opened WHERE transfer_id = %s;', transfer_id)
+    FROM shardkit.opened
     """,
     """
     SELECT format('%s notes of written rows', count(*)), NULL, transfer_id,

@@ -6,6 +6,7 @@ after the command comes first.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -43,6 +44,14 @@ Patience = Annotated[
         help="Seconds to wait for a lock, a moment to cut over, or a server that is away.",
     ),
 ]
+KeepSource = Annotated[
+    bool,
+    typer.Option(
+        "--keep-source",
+        envvar="SHARDKIT_KEEP_SOURCE",
+        help="Let the sources keep the moved rows, as they are written, until `rebalance finalize` or `rollback`.",
+    ),
+]
 
 MoveMode = Annotated[
     Mode,
@@ -51,6 +60,47 @@ MoveMode = Annotated[
         envvar="SHARDKIT_MODE",
         help="How rows move: by logical replication, or in small steps during which applications wait; auto takes the "
         "second only where a source has no wal_level=logical.",
+    ),
+]
+
+
+def byte_count(text: str | int) -> int:
+    """Bytes, of a number with a unit as PostgreSQL's settings have it: 512MB, 10GB."""
+    found = re.fullmatch(r"\s*(\d+)\s*(B|kB|MB|GB|TB)?\s*", str(text))
+    if found is None:
+        raise UsageError(
+            f"Not a size: {text!r}.", hint="It looks like 512MB or 10GB; units are kB, MB, GB and TB."
+        )
+    return int(found[1]) << 10 * ("B", "kB", "MB", "GB", "TB").index(found[2] or "B")
+
+
+MaxRows = Annotated[
+    float | None,
+    typer.Option(
+        "--max-rows-per-second",
+        min=1.0,
+        envvar="SHARDKIT_MAX_ROWS_PER_SECOND",
+        help="Rows that each transfer may delete in a second when it purges.",
+    ),
+]
+MaxLag = Annotated[
+    int | None,
+    typer.Option(
+        "--max-lag",
+        metavar="SIZE",
+        parser=byte_count,
+        envvar="SHARDKIT_MAX_LAG",
+        help="Delete no rows on a shard while a physical standby is further behind.",
+    ),
+]
+MaxWal = Annotated[
+    int | None,
+    typer.Option(
+        "--max-wal-retained",
+        metavar="SIZE",
+        parser=byte_count,
+        envvar="SHARDKIT_MAX_WAL_RETAINED",
+        help="Give a copy up before its source has to keep more WAL for it.",
     ),
 ]
 

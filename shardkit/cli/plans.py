@@ -29,13 +29,19 @@ def arcs_document(arcs: ArcSet) -> list[list[str]]:
 
 
 def describe(
-    topology: Topology, placement: Placement, shards: ShardConnections, mode: Mode = Mode.AUTO
+    topology: Topology,
+    placement: Placement,
+    shards: ShardConnections,
+    mode: Mode = Mode.AUTO,
+    *,
+    back: bool = False,
 ) -> dict[str, Any]:
     """The plan of a move by ``mode`` as a document.
 
     ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``);
     ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``); ``notes``,
-    which an application may notice while rows move; ``problems``, for which the run would be refused.
+    which an application may notice while rows move; ``problems``, for which the run would be refused (``back``: a run
+    that keeps its sources).
     """
     after = dict.fromkeys(topology.by_id, 0)
     first = -1
@@ -57,7 +63,7 @@ def describe(
         ],
         "transfers": [_transfer(topology, transfer, shards) for transfer in placement.transfers],
         "notes": [*_locked(topology, placement, shards, mode), *_notes(topology, shards)],
-        "problems": _problems(topology, placement, shards, mode),
+        "problems": _problems(topology, placement, shards, mode, back),
     }
 
 
@@ -101,12 +107,19 @@ def _locked(topology: Topology, placement: Placement, shards: ShardConnections, 
     ]
 
 
-def _problems(topology: Topology, placement: Placement, shards: ShardConnections, mode: Mode) -> list[str]:
+def _problems(
+    topology: Topology, placement: Placement, shards: ShardConnections, mode: Mode, back: bool
+) -> list[str]:
     reasons: dict[str, None] = {}
     for transfer in placement.transfers:
         try:
             preflight.check(
-                topology, topology.by_id[transfer.source], topology.by_id[transfer.target], shards, mode
+                topology,
+                topology.by_id[transfer.source],
+                topology.by_id[transfer.target],
+                shards,
+                mode,
+                back=back,
             )
         except PreflightFailed as error:
             reasons.update(dict.fromkeys(error.fields["reasons"]))

@@ -1,4 +1,4 @@
-"""`shardkit rebalance`: plan, run, status, resume, abort."""
+"""`shardkit rebalance`: plan, run, status, pause, resume, abort, rollback, finalize."""
 
 from __future__ import annotations
 
@@ -8,21 +8,37 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import JobRunning, NothingToDo
+from shardkit.core.errors import MoveWaiting, NothingToDo
 from shardkit.core.move import Mode
+from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import plan_job
-from shardkit.storage.catalog import Catalog
+from shardkit.storage.catalog import KEPT_HINT, Catalog
 from shardkit.storage.connections import ShardConnections
 
 from . import jobs, plans
 from .asking import confirm, refuse_silence
-from .options import INTERVAL_AT_LEAST, AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
+from .options import (
+    INTERVAL_AT_LEAST,
+    AsJson,
+    CatalogUrl,
+    KeepSource,
+    MaxLag,
+    MaxRows,
+    MaxWal,
+    MoveMode,
+    Parallel,
+    Patience,
+    Yes,
+    one_of,
+)
 from .output import next_step, result_console, show
 from .running import PARALLEL, PATIENCE, carry
 
 Watch = Annotated[
     bool,
-    typer.Option("--watch", envvar="SHARDKIT_WATCH", help="Show it again and again until the job has ended."),
+    typer.Option(
+        "--watch", envvar="SHARDKIT_WATCH", help="Show it again and again while a mover may work on it."
+    ),
 ]
 Interval = Annotated[
     float,
@@ -35,14 +51,14 @@ Interval = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="Give every shard its share of the keys.", no_args_is_help=True)
-    for command in (plan, run, status, resume, abort):
+    for command in (plan, run, status, pause, resume, abort, rollback, finalize):
         group.command(command.__name__)(command)
     app.add_typer(group, name="rebalance")
 
 
-def plan(catalog: CatalogUrl, as_json: AsJson = False) -> None:
+def plan(catalog: CatalogUrl, keep_source: KeepSource = False, as_json: AsJson = False) -> None:
     """Show what would move, how much it is about, and what stands in the way. Changes nothing."""
-    document = look(catalog)
+    document = look(catalog, keep_source=keep_source)
     todo = _after_plan(document)
 
     def draw(console: Console) -> None:
@@ -52,13 +68,13 @@ def plan(catalog: CatalogUrl, as_json: AsJson = False) -> None:
     show({**document, "next": todo}, as_json, draw)
 
 
-def look(catalog: str, mode: Mode = Mode.AUTO) -> dict[str, Any]:
+def look(catalog: str, mode: Mode = Mode.AUTO, *, keep_source: bool = False) -> dict[str, Any]:
     """The plan of the weights that the topology states; `JobRunning` while a job is unfinished."""
     with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
-        if opened.running_job() is not None:
-            raise JobRunning
+        opened.require_no_job()
         topology, placement = plan_job(opened)
-        return {"version": topology.version, **plans.describe(topology, placement, shards, mode)}
+        described = plans.describe(topology, placement, shards, mode, back=keep_source)
+        return {"version": topology.version, **described}
 
 
 def _after_plan(plan: dict[str, Any]) -> str | None:
@@ -70,16 +86,21 @@ def _after_plan(plan: dict[str, Any]) -> str | None:
 def run(
     catalog: CatalogUrl,
     yes: Yes = False,
+    keep_source: KeepSource = False,
     mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    max_wal_retained: MaxWal = None,
     as_json: AsJson = False,
 ) -> None:
     """Move rows until every shard holds its share by weight.
 
-    Applications go on meanwhile. Can be stopped at any moment; `shardkit rebalance resume` goes on.
+    Applications go on meanwhile. Can be stopped at any moment; `shardkit rebalance resume` goes on. With
+    --keep-source it ends with the rows on both sides, and can be undone by `shardkit rebalance rollback`.
     """
-    planned = look(catalog, mode)
+    planned = look(catalog, mode, keep_source=keep_source)
     plans.refuse_problems(planned)
     if not planned["transfers"]:
         show(
@@ -92,21 +113,59 @@ def run(
     confirm(planned, yes)
     job = carry(
         catalog,
-        lambda mover: (mover.start("rebalance", mode=mode), mover.run())[1],
+        lambda mover: (mover.start("rebalance", mode=mode, keep_source=keep_source), mover.run())[1],
         parallel=parallel,
         patience=patience,
+        limits=Limits(max_rows_per_second, max_lag, max_wal_retained),
     )
     show_job(catalog, job, as_json, plan=planned)
 
 
+def pause(catalog: CatalogUrl, patience: Patience = PATIENCE, as_json: AsJson = False) -> None:
+    """Let the mover at work, in whatever terminal, end between two steps; the job stays where it is.
+
+    The servers go on with a copy that they have begun, and follow what is written. `shardkit rebalance resume` goes on.
+    """
+    with Catalog.open(catalog) as opened:
+        job = opened.running_job()
+        if job is None:
+            raise NothingToDo
+        if opened.is_kept(job):
+            raise NothingToDo(f"No mover works on job {job.id}, whose sources are kept.", hint=KEPT_HINT)
+        opened.pause(job.id)
+        _wait_for_end(opened, job.id, patience)
+        document = jobs.describe(opened, opened.job(job.id))
+    show_job(catalog, document, as_json)
+
+
+def _wait_for_end(catalog: Catalog, job_id: int, patience: float) -> None:
+    """Until the mover that works now does not any more."""
+    holder, deadline = catalog.lease_holder(), time.monotonic() + patience
+    while holder is not None and catalog.lease_holder() == holder:
+        if time.monotonic() > deadline:
+            raise MoveWaiting(
+                f"The mover was told to pause and is still in its step: {holder}.",
+                hint="It ends after that step; `shardkit rebalance status` shows what it waits for.",
+            )
+        time.sleep(0.1)
+        catalog.pause(job_id)  # once more, as a mover that was about to begin has not seen the first
+
+
 def resume(
-    catalog: CatalogUrl, parallel: Parallel = PARALLEL, patience: Patience = PATIENCE, as_json: AsJson = False
+    catalog: CatalogUrl,
+    parallel: Parallel = PARALLEL,
+    patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    max_wal_retained: MaxWal = None,
+    as_json: AsJson = False,
 ) -> None:
     """Go on with the unfinished job from the phases that the catalog holds, and settle an interrupted change."""
     with Catalog.open(catalog) as opened:
         pending = opened.proposed() is not None
     try:
-        job = carry(catalog, lambda mover: mover.run(), parallel=parallel, patience=patience)
+        limits = Limits(max_rows_per_second, max_lag, max_wal_retained)
+        job = carry(catalog, lambda mover: mover.run(), parallel=parallel, patience=patience, limits=limits)
     except NothingToDo:
         if not pending:
             raise
@@ -129,8 +188,40 @@ def _show_settled(catalog: str, as_json: bool) -> None:
 def abort(
     catalog: CatalogUrl, parallel: Parallel = PARALLEL, patience: Patience = PATIENCE, as_json: AsJson = False
 ) -> None:
-    """Take back every transfer that is not cut over yet; those that are, are finished."""
+    """Take back every transfer, or every rollback, that is not cut over yet; those that are, are finished."""
     job = carry(catalog, lambda mover: mover.abort(), parallel=parallel, patience=patience)
+    show_job(catalog, job, as_json)
+
+
+def rollback(
+    catalog: CatalogUrl,
+    parallel: Parallel = PARALLEL,
+    patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the arcs of a job back to the sources that keep its rows, with all that was written since.
+
+    Like the move: rows are compared by content, applications go on, and it can be stopped, resumed, and aborted before
+    its cutover.
+    """
+    limits = Limits(max_rows_per_second, max_lag)
+    job = carry(catalog, lambda mover: mover.rollback(), parallel=parallel, patience=patience, limits=limits)
+    show_job(catalog, job, as_json)
+
+
+def finalize(
+    catalog: CatalogUrl,
+    parallel: Parallel = PARALLEL,
+    patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the moved rows from the sources that kept them. From then on there is no way back."""
+    limits = Limits(max_rows_per_second, max_lag)
+    job = carry(catalog, lambda mover: mover.finalize(), parallel=parallel, patience=patience, limits=limits)
     show_job(catalog, job, as_json)
 
 

@@ -11,7 +11,8 @@ from types import FrameType
 from typing import Any
 
 from shardkit.core.errors import MoverStopped
-from shardkit.core.move import FINAL
+from shardkit.core.move import STILL
+from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage.catalog import Job
@@ -23,21 +24,35 @@ PARALLEL = 2
 PATIENCE = 120.0
 
 
-def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patience: float) -> dict[str, Any]:
-    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal ended it."""
+def carry(
+    catalog_url: str,
+    act: Callable[[Mover], Job],
+    *,
+    parallel: int,
+    patience: float,
+    limits: Limits | None = None,
+) -> dict[str, Any]:
+    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal, or `rebalance
+    pause`, ended it."""
     with Bars() as bars, _stoppable(bars) as stop:
+        mover = Mover(
+            catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop, limits=limits
+        )
         try:
-            with Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop) as mover:
+            with mover:
                 job = act(mover)
                 return {**jobs.describe(mover.catalog, job), "mover": None}
         except Interrupted as error:
             where = [
                 f"{progress.source} -> {progress.target} is {progress.phase.value}"
                 for progress in bars.latest.values()
-                if progress.phase not in FINAL
+                if progress.phase not in STILL
             ]
             raise MoverStopped(
-                f"Stopped between two steps: {', '.join(where) or 'nothing was begun'}.", transfers=where
+                f"{'Paused' if mover.paused else 'Stopped'} between two steps: "
+                f"{', '.join(where) or 'nothing was begun'}.",
+                transfers=where,
+                paused=mover.paused,
             ) from error
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from sqlalchemy import MetaData
 
-from shardkit.core.errors import JobRunning, NotInitialised, UsageError
+from shardkit.core.errors import NotInitialised, UsageError
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 from shardkit.orm.declare import declared_tables, problems
 from shardkit.storage import membership
@@ -77,8 +77,7 @@ def _create(
     catalog: Catalog, topology: Topology, metadata: MetaData, wanted: Iterable[DeclaredTable]
 ) -> None:
     """Make the missing tables on all shards, or on none."""
-    if catalog.running_job() is not None:
-        raise JobRunning
+    catalog.require_no_job()
     new = [each for each in wanted if (each.schema, each.name) not in topology.declared_tables]
     with Lent("shardkit create") as shards, Provisional(metadata) as provisional:
         for shard in topology.shards:

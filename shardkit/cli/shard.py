@@ -16,6 +16,7 @@ from shardkit.core.keyrange import SLOTS
 from shardkit.core.move import Mode
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import SHARD_NAME, Topology
+from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import plan_job, weights_of
 from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
@@ -25,7 +26,19 @@ from shardkit.storage.urls import redacted, sqlalchemy_url, without_password
 from . import jobs, plans
 from .asking import confirm, refuse_silence
 from .models import METAVAR, Provisional, load
-from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
+from .options import (
+    AsJson,
+    CatalogUrl,
+    KeepSource,
+    MaxLag,
+    MaxRows,
+    MaxWal,
+    MoveMode,
+    Parallel,
+    Patience,
+    Yes,
+    one_of,
+)
 from .output import narrate, next_step, percent, show, table
 from .reach import Lent
 from .replica import replica
@@ -116,10 +129,14 @@ def add(
     models: Models = None,
     plan_only: PlanOnly = False,
     no_run: NoRun = False,
+    keep_source: KeepSource = False,
     yes: Yes = False,
     mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
+    max_rows_per_second: MaxRows = None,
+    max_lag: MaxLag = None,
+    max_wal_retained: MaxWal = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a database a shard and move its share of the keys there, while applications go on.
@@ -130,7 +147,7 @@ def add(
     one_of(plan_only=plan_only, no_run=no_run)
     newcomer = Newcomer(name, _told_of_password(url), weight, load(models) if models else None)
     with Catalog.open(catalog) as opened:
-        placement, planned = _look(opened, newcomer, mode)
+        placement, planned = _look(opened, newcomer, mode, keep_source)
         runs = bool(planned["transfers"]) and not no_run and not plan_only
         if runs:
             plans.refuse_problems(planned)
@@ -148,9 +165,13 @@ def add(
     if runs:
         job = carry(
             catalog,
-            lambda mover: (mover.start(f"add shard {name}", mode=mode), mover.run())[1],
+            lambda mover: (
+                mover.start(f"add shard {name}", mode=mode, keep_source=keep_source),
+                mover.run(),
+            )[1],
             parallel=parallel,
             patience=patience,
+            limits=Limits(max_rows_per_second, max_lag, max_wal_retained),
         )
     _show_added(catalog, newcomer, planned, job, as_json, joined=not plan_only)
 
@@ -162,13 +183,15 @@ def _told_of_password(url: str) -> str:
     return bare
 
 
-def _look(catalog: Catalog, newcomer: Newcomer, mode: Mode) -> tuple[Placement, dict[str, Any]]:
+def _look(
+    catalog: Catalog, newcomer: Newcomer, mode: Mode, keep_source: bool
+) -> tuple[Placement, dict[str, Any]]:
     """Check everything, and tell what would move; changes nothing."""
     with Lent("shardkit plan") as shards, _tables_of(newcomer) as (connection, _):
         topology = _checked(catalog, shards, connection, newcomer)
         shards.lend(topology.named(newcomer.name).id, connection)
         placement = plan(topology, weights_of(topology))
-        return placement, plans.describe(topology, placement, shards, mode)
+        return placement, plans.describe(topology, placement, shards, mode, back=keep_source)
 
 
 def _checked(

@@ -278,6 +278,20 @@ class JobRunning(Refused):
     """
 
 
+class NothingKept(Refused):
+    """No source keeps moved rows, so there is nothing to finalise and nothing to roll back.
+
+    `--keep-source` has to be given when the move begins; `shardkit rebalance status` shows what there is.
+    """
+
+
+class RollbackImpossible(Refused):
+    """The rows that the source keeps are not known to be those of the target, so the arcs cannot go back to it.
+
+    `shardkit rebalance finalize` keeps the arcs where they are and deletes the rows from the source.
+    """
+
+
 class NothingToDo(Refused):
     """There is no unfinished job.
 
@@ -496,4 +510,11 @@ class MoveWaiting(RetryLater):
     """A move waited longer than it may for something outside it.
 
     The reason is named above; then `shardkit rebalance resume`.
+    """
+
+
+class WalBudgetExceeded(RetryLater):
+    """The source had to keep more WAL for a copy than --max-wal-retained allows, so the copy was given up.
+
+    `shardkit rebalance resume` copies again, with a larger --max-wal-retained or when less is written.
     """

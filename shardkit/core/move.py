@@ -5,6 +5,10 @@ that phase and do this; the sentence is what the operator reads. The driver (`re
 the phase it is in, persists the phase that follows, and goes on; after a crash it begins again with the action of the
 phase that is stored, so every action can be run twice. A failure is no phase: it is stored beside it.
 
+A transfer may be told to keep its source: it rests in KEPT until the operator finalises it or rolls it back. A
+rollback is a move of its own, from the target back to the source, along the second half of the table, with a decision
+of its own; before that it can be taken back too, to KEPT.
+
 An event that the table does not list for a phase is a bug and raises `MoveTableError`.
 """
 
@@ -30,6 +34,14 @@ class Phase(StrEnum):
     DONE = "done"
     ABORTING = "aborting"
     ABORTED = "aborted"
+    KEPT = "kept"
+    ROLLING_BACK = "rolling back"
+    VERIFYING_BACK = "verifying back"
+    CUTTING_BACK = "cutting back"
+    CUT_BACK = "cut back"
+    CLEARING = "clearing"
+    ROLLED_BACK = "rolled back"
+    STAYING = "staying"
 
 
 class Event(StrEnum):
@@ -47,6 +59,9 @@ class Event(StrEnum):
     PURGED = "purged"
     ABORT = "abort"
     UNDONE = "undone"
+    KEPT = "kept"
+    FINALIZE = "finalize"
+    ROLL_BACK = "roll back"
 
 
 class Action(StrEnum):
@@ -61,6 +76,12 @@ class Action(StrEnum):
     OPEN = "open"
     PURGE = "purge"
     UNDO = "undo"
+    CATCH_UP_BACK = "catch up back"
+    VERIFY_BACK = "verify back"
+    CUT_BACK = "cut back"
+    OPEN_BACK = "open back"
+    CLEAR = "clear"
+    STAY = "stay"
 
 
 class Mode(StrEnum):
@@ -91,6 +112,7 @@ _BEFORE_DECISION = (
     Phase.VERIFYING,
     Phase.CUTTING_OVER,
 )
+_BEFORE_DECISION_BACK = (Phase.ROLLING_BACK, Phase.VERIFYING_BACK, Phase.CUTTING_BACK)
 
 TABLE: tuple[Transition, ...] = (
     Transition(
@@ -117,7 +139,10 @@ TABLE: tuple[Transition, ...] = (
     ),
     *(
         Transition(
-            phase, Event.SERVER_CHANGED, Phase.PREPARING, "A server failed over; starting the copy again."
+            phase,
+            Event.SERVER_CHANGED,
+            Phase.PREPARING,
+            "A server failed over, or the copy was given up; starting it again.",
         )
         for phase in (Phase.COPYING, Phase.CATCHING_UP, Phase.VERIFYING, Phase.CUTTING_OVER)
     ),
@@ -132,6 +157,60 @@ TABLE: tuple[Transition, ...] = (
     Transition(
         Phase.ABORTING, Event.UNDONE, Phase.ABORTED, "Aborted: the source owns the arcs, the target is clean."
     ),
+    Transition(
+        Phase.CUT_OVER,
+        Event.KEPT,
+        Phase.KEPT,
+        "The source keeps the rows until `rebalance finalize`; `rebalance rollback` brings the arcs back.",
+    ),
+    Transition(Phase.KEPT, Event.FINALIZE, Phase.PURGING, "Deleting the moved rows from the source."),
+    Transition(
+        Phase.KEPT,
+        Event.ROLL_BACK,
+        Phase.ROLLING_BACK,
+        "Applying the last writes to the rows that the source kept.",
+    ),
+    Transition(
+        Phase.ROLLING_BACK,
+        Event.CAUGHT_UP,
+        Phase.VERIFYING_BACK,
+        "Comparing the rows on both sides, to go back.",
+    ),
+    Transition(
+        Phase.VERIFYING_BACK,
+        Event.VERIFIED,
+        Phase.CUTTING_BACK,
+        "Waiting for a moment to give the arcs back.",
+    ),
+    Transition(
+        Phase.CUTTING_BACK,
+        Event.POSTPONED,
+        Phase.ROLLING_BACK,
+        "Too much changed; applying the last writes again.",
+    ),
+    Transition(
+        Phase.CUTTING_BACK, Event.DECIDED, Phase.CUT_BACK, "The source owns the arcs again; opening it."
+    ),
+    Transition(Phase.CUT_BACK, Event.OPENED, Phase.CLEARING, "Deleting the rows from the target."),
+    Transition(
+        Phase.CLEARING,
+        Event.PURGED,
+        Phase.ROLLED_BACK,
+        "Rolled back: the source owns the arcs again, the target is clean.",
+    ),
+    *(
+        Transition(phase, Event.ABORT, Phase.STAYING, "Taking the rollback back; the target keeps the arcs.")
+        for phase in _BEFORE_DECISION_BACK
+    ),
+    Transition(
+        Phase.STAYING, Event.DECIDED, Phase.CUT_BACK, "The way back was decided already; opening the source."
+    ),
+    Transition(
+        Phase.STAYING,
+        Event.UNDONE,
+        Phase.KEPT,
+        "The rollback is taken back; the source keeps the rows as before.",
+    ),
 )
 
 ACTIONS: dict[Phase, Action] = {
@@ -144,9 +223,21 @@ ACTIONS: dict[Phase, Action] = {
     Phase.CUT_OVER: Action.OPEN,
     Phase.PURGING: Action.PURGE,
     Phase.ABORTING: Action.UNDO,
+    Phase.ROLLING_BACK: Action.CATCH_UP_BACK,
+    Phase.VERIFYING_BACK: Action.VERIFY_BACK,
+    Phase.CUTTING_BACK: Action.CUT_BACK,
+    Phase.CUT_BACK: Action.OPEN_BACK,
+    Phase.CLEARING: Action.CLEAR,
+    Phase.STAYING: Action.STAY,
 }
 
-FINAL = frozenset({Phase.DONE, Phase.ABORTED})
+FINAL = frozenset({Phase.DONE, Phase.ABORTED, Phase.ROLLED_BACK})
+RESTING = frozenset({Phase.KEPT})
+"""Phases in which nothing is done until the operator says what."""
+STILL = FINAL | RESTING
+"""Phases in which no mover has anything to do."""
+ROLLBACK = frozenset({*_BEFORE_DECISION_BACK, Phase.CUT_BACK, Phase.CLEARING, Phase.ROLLED_BACK})
+"""Phases of a transfer that the operator has told to go back."""
 
 _INDEX = {(row.phase, row.event): row for row in TABLE}
 
@@ -169,5 +260,5 @@ def sentence(phase: Phase) -> str:
 
 
 def can_abort(phase: Phase) -> bool:
-    """Whether the decision lies ahead, so that the source can still keep the arcs."""
+    """Whether a decision lies ahead, so that the arcs can still stay where they are."""
     return (phase, Event.ABORT) in _INDEX

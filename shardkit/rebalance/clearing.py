@@ -1,4 +1,4 @@
-"""What a transfer takes away again: rows on a shard that does not own them, and the triggers on its source."""
+"""What a transfer takes away again: rows on a shard that does not own them, and the triggers that it made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import psycopg
 from shardkit.core.errors import MoverSuperseded
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable
-from shardkit.storage import change, inspection, purge, replication, sourceguard
+from shardkit.storage import change, inspection, openings, purge, replication, sourceguard, tables
+from shardkit.storage.attended import attended
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
@@ -46,7 +47,7 @@ class Clearing:
             done += rows
             run.track.update(rows=run.track.now.rows + rows)
             failpoint(f"{run.row.phase.value}.batch")
-            run.around.pause(0)
+            self._let_standbys_follow(connection, shard)
 
         while True:
             if topology.owned(shard.id) & arcs:
@@ -60,6 +61,8 @@ class Clearing:
                     token=run.around.token,
                     in_force=in_force,
                     on_batch=on_batch,
+                    pause=run.around.pause,
+                    rows_per_second=run.limits.rows_per_second,
                 )
                 return done
             except psycopg.errors.UndefinedTable:
@@ -71,26 +74,45 @@ class Clearing:
                 run.waits.tell(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
                 run.around.pause(0.02)
 
-    def remove_triggers(self) -> None:
-        """Drop the triggers on the source, and what they noted."""
+    def _let_standbys_follow(self, connection: Connection, shard: Shard) -> None:
+        run = self._run
+        run.around.pause(0)
+        if run.limits.lag is None:
+            return
+        while (replication.standby_lag(connection) or 0) > run.limits.lag:
+            run.waits.tell(
+                f"the deletion on shard {shard.name} waits for a standby that is behind (--max-lag)"
+            )
+            run.around.pause(0.2)
+        run.waits.tell(None)
+
+    def vacuum(self, shard: Shard) -> None:
+        """Make the place of the deleted rows free again. Can take long, and ends at once when the mover is stopped."""
+        run = self._run
+        connection = run.shards.get(shard)
+        for table in run.tables:
+            attended(connection, partial(tables.vacuum, connection, table), lambda: run.around.pause(0))
+
+    def remove_triggers(self, shard: Shard) -> None:
+        """Drop the triggers of the transfer on a shard, and what they noted."""
         run = self._run
         for index, table in enumerate(run.tables):
-            uninstall = partial(self._uninstall, index, table)
+            uninstall = partial(self._uninstall, shard, index, table)
             everybody = inspection.Against.EVERYBODY
-            run.waits.with_lock_retries(
-                f"the trigger on {table}", run.source_shard, uninstall, table, everybody
-            )
-        run.waits.with_lock_retries("a trigger on a former partition", run.source_shard, self._clear)
+            run.waits.with_lock_retries(f"the trigger on {table}", shard, uninstall, table, everybody)
+        run.waits.with_lock_retries("a trigger on a former partition", shard, partial(self._clear, shard))
 
-    def _clear(self) -> None:
-        run = self._run
-        with transaction(run.source, *DDL):
-            change.claim(run.source, run.around.token)
-            sourceguard.remove_strays(run.source, run.row.id)
-            sourceguard.clear(run.source, run.row.id)
+    def _clear(self, shard: Shard) -> None:
+        run, connection = self._run, self._run.probes.get(shard)
+        with transaction(connection, *DDL):
+            change.claim(connection, run.around.token)
+            sourceguard.remove_strays(connection, run.row.id)
+            sourceguard.clear(connection, run.row.id)
+            if run.keeps_source:
+                openings.forget(connection, run.row.id)
 
-    def _uninstall(self, index: int, table: ShardedTable) -> None:
-        run = self._run
-        with transaction(run.source, *DDL):
-            change.claim(run.source, run.around.token)
-            sourceguard.remove(run.source, run.row.id, index, table)
+    def _uninstall(self, shard: Shard, index: int, table: ShardedTable) -> None:
+        run, connection = self._run, self._run.probes.get(shard)
+        with transaction(connection, *DDL):
+            change.claim(connection, run.around.token)
+            sourceguard.remove(connection, run.row.id, index, table)

@@ -1,9 +1,9 @@
 """The few milliseconds in which arcs change their owner.
 
-`storage.change` locks the source's fence and renames it; this is what happens between the two: the target catches up
-with the last write, the keys written since the verification are compared for the last time, and the write-refusing
-trigger is switched on. Everything is bounded, as applications wait: what does not end soon is postponed, and nothing
-has changed.
+`storage.change` locks the fence of the shard that gives the arcs up and renames it; this is what happens between the
+two: the other side catches up with the last write, the keys written since the verification are compared for the last
+time, and the write-refusing trigger is switched on. Everything is bounded, as applications wait: what does not end
+soon is postponed, and nothing has changed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
+from shardkit.core.errors import MoveWaiting
 from shardkit.storage import change, inspection, numbering, replication, sequences, sourceguard
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
+from .opening import Opening
+from .stream import Stream
 from .verify import SMALL, Verifier
 
 if TYPE_CHECKING:
@@ -38,15 +41,50 @@ class Altered(Exception):
 
 
 class Cutover:
-    """The hooks of one transfer's cutover, and the time each part took."""
+    """The hooks of one transfer's cutover along a stream, and the time each part took.
 
-    def __init__(self, run: TransferRun, verifier: Verifier) -> None:
+    The publisher of the stream hands the arcs over, the subscriber gets them: source and target, or, where a transfer
+    is rolled back, the other way round.
+    """
+
+    def __init__(self, run: TransferRun, stream: Stream, verifier: Verifier, opening: Opening) -> None:
         self._run = run
+        self._opening = opening
+        self._stream = stream
         self._verifier = verifier
         self._moments: dict[str, float] = {}
         self._sequences = numbering.shared(
-            run.source, run.target, run.topology(), run.tables, run.target_shard.id
+            stream.publisher, stream.subscriber, run.topology(), run.tables, stream.subscriber_shard.id
         )
+
+    def attempt(self) -> bool:
+        """Hand the arcs over, in a moment in which nobody holds the publisher's fence for long.
+
+        False if tables were altered, so that all is to be verified again; `MoveWaiting` when patience ends.
+        """
+        run, giver, taker = self._run, self._stream.publisher_shard.id, self._stream.subscriber_shard.id
+        deadline = time.monotonic() + run.around.patience
+        while True:
+            run.around.pause(0)
+            self._verifier.settle_once()
+            try:
+                run.change(
+                    lambda now, version: now.cut_over(version, giver, taker, run.row.arcs),
+                    1.0,
+                    while_closed=self.while_closed,
+                    on_open=self.on_open,
+                    clock=self.clock,
+                )
+                return True
+            except Altered as reason:
+                run.waits.tell(str(reason))
+                return False
+            except (Postponed, MoveWaiting) as error:
+                if time.monotonic() > deadline:
+                    raise MoveWaiting(
+                        f"No moment to cut over was found within {run.around.patience:.0f} s: {error}"
+                    ) from error
+                run.around.pause(0.05)
 
     def clock(self, moment: str) -> None:
         """Note a moment; the last attempt counts."""
@@ -55,7 +93,7 @@ class Cutover:
         self._moments[moment] = time.perf_counter()
 
     def while_closed(self, source: Connection) -> None:
-        """On the source, whose fence is locked: `Postponed`, or everything is there and the same on the target."""
+        """On the publisher, whose fence is locked: `Postponed`, or the subscriber has everything, and the same."""
         run = self._run
         sourceguard.wait_for_writers(source, run.row.id)
         self._require_unaltered(source)
@@ -67,14 +105,14 @@ class Cutover:
         except psycopg.errors.QueryCanceled as error:
             raise Postponed("the last comparison took too long") from error
         self.clock("verified")
-        sequences.pass_over(run.source, run.target, self._sequences)
-        sourceguard.set_moved(source, run.row.id, run.target_shard.name)
-        failpoint("cutting over.before decision")
+        sequences.pass_over(self._stream.publisher, self._stream.subscriber, self._sequences)
+        sourceguard.set_moved(source, run.row.id, self._stream.subscriber_shard.name)
+        failpoint(f"{run.row.phase.value}.before decision")
 
-    def on_open(self, target: Connection) -> None:
-        """On the target, which now owns the arcs: nothing may be applied any more, the purge's deletes least of all."""
-        failpoint("cutting over.before opening")
-        replication.set_enabled(target, self._run.name, False)
+    def on_open(self, connection: Connection) -> None:
+        """On the subscriber, which owns the arcs from this commit on."""
+        failpoint(f"{self._run.row.phase.value}.before opening")
+        self._opening.on_open(connection)
 
     def _require_unaltered(self, source: Connection) -> None:
         """What triggers do not note, as a partition that was detached with its rows, changes the shape of a table."""
@@ -84,17 +122,17 @@ class Cutover:
             raise Altered("a table was altered since its rows were compared")
 
     def _catch_up(self) -> None:
-        run = self._run
+        stream = self._stream
         started = time.monotonic()
-        if len(sourceguard.peek_changes(run.source, run.row.id)) > 5 * SMALL:
+        if len(sourceguard.peek_changes(stream.publisher, self._run.row.id)) > 5 * SMALL:
             raise Postponed("too many rows were written since they were compared")
-        before = replication.copy_state(run.target, run.name)
-        first = replication.sender(run.source, run.name)
+        before = replication.copy_state(stream.subscriber, stream.name)
+        first = replication.sender(stream.publisher, stream.name)
         if before is None or not before.enabled or before.ready != before.tables or first is None:
             raise Postponed("the subscription is not running")
-        position = replication.position_now(run.source)
+        position = replication.position_now(stream.publisher)
         while True:
-            sender = replication.sender(run.source, run.name, position)
+            sender = replication.sender(stream.publisher, stream.name, position)
             if sender is None or sender.pid != first.pid or sender.state != "streaming":
                 raise Postponed("the replication connection was lost")
             if sender.passed:
@@ -102,24 +140,23 @@ class Cutover:
             if time.monotonic() - started > CATCH_UP_LIMIT:
                 raise Postponed(f"the target lags {sender.lag_bytes} bytes behind")
             self._draw_answer()
-        after = replication.copy_state(run.target, run.name)
+        after = replication.copy_state(stream.subscriber, stream.name)
         if after is None or not after.enabled or after.errors != before.errors:
             raise Postponed("the subscription met an error")
 
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""
-        run = self._run
-        with transaction(run.target, *_FLUSH):
-            change.claim(run.target, run.around.token)
+        with transaction(self._stream.subscriber, *_FLUSH):
+            change.claim(self._stream.subscriber, self._run.around.token)
 
     def _draw_answer(self) -> None:
         """Have the target say now how far it is. By itself it reports what it applied only when that is flushed, which
         is up to 400 ms later (twice wal_writer_delay), and it reports when it hears something."""
         self._flush_target()
-        replication.position_now(self._run.source)
+        replication.position_now(self._stream.publisher)
 
     def pause_ms(self) -> dict[str, float]:
-        """Milliseconds from the request of the lock to the opening of the target, whole and by part."""
+        """Milliseconds from the request of the lock to the opening, whole and by part."""
         order = ("asked", "locked", "caught_up", "verified", "decided", "opened")
         at = [self._moments[name] for name in order]
         parts = {

@@ -87,9 +87,6 @@ class LockedCopier:
     def begin_phase(self) -> None:
         """The driver enters a phase."""
 
-    def on_open(self, target: Connection) -> None:
-        """On the target as it opens: there is nothing to stop."""
-
     def end(self) -> None:
         """No rows pass any more: they do only while a step is under way."""
 
@@ -100,7 +97,9 @@ class LockedCopier:
         source."""
         run = self._run
         topology = run.topology()
-        preflight.check(topology, run.source_shard, run.target_shard, run.shards, Mode.LOCKED)
+        preflight.check(
+            topology, run.source_shard, run.target_shard, run.shards, Mode.LOCKED, back=run.keeps_source
+        )
         if not topology.by_id[run.row.target].in_transit.issuperset(run.row.arcs):
             run.patiently_change(lambda now, version: now.marked(version, run.row.target, run.row.arcs))
         run.clearing.delete_rows(run.target_shard)

@@ -8,29 +8,25 @@ any point. What is to be cleaned up is named in the catalog before it is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from shardkit.core.errors import MoveWaiting
 from shardkit.core.move import Event, Mode
 from shardkit.core.topology import Shard, ShardedTable
-from shardkit.storage import change, inspection, replicaidentity, replication, servers, sourceguard, tables
+from shardkit.storage import change, inspection, replicaidentity, replication, sourceguard, tables
 from shardkit.storage.attended import attended
-from shardkit.storage.connections import Connection, transaction
+from shardkit.storage.connections import transaction
 from shardkit.storage.failpoints import failpoint
 
 from . import preflight
 from .clearing import DDL
-from .cutover import Altered, Cutover, Postponed
+from .cutover import Cutover
+from .opening import Opening
 from .stream import POLL, Stream
 from .verify import Verifier
 
 if TYPE_CHECKING:
     from .transfer import TransferRun
-
-SMALL_LAG = 0.5
-"""Seconds in which the target must have applied everything before rows are compared."""
 
 
 class LogicalCopier:
@@ -38,7 +34,9 @@ class LogicalCopier:
 
     def __init__(self, run: TransferRun) -> None:
         self._run = run
-        self.stream = Stream(run, run.source_shard, run.target_shard, run.name)
+        self.stream = Stream(
+            run, run.source_shard, run.target_shard, run.name, budget=run.limits.wal_retained
+        )
         self._verifier: Verifier | None = None
 
     def begin_phase(self) -> None:
@@ -53,12 +51,7 @@ class LogicalCopier:
 
     def stand_down(self) -> None:
         """Drop the triggers on the source."""
-        self._run.clearing.remove_triggers()
-
-    def on_open(self, target: Connection) -> None:
-        """On the target as it opens, in that transaction: nothing may be applied any more, the purge's deletes least of
-        all."""
-        replication.set_enabled(target, self._run.name, False)
+        self._run.clearing.remove_triggers(self._run.source_shard)
 
     # --- prepare ---------------------------------------------------------------------------------------------------
 
@@ -67,17 +60,25 @@ class LogicalCopier:
         run = self._run
         topology = run.topology()
         self.end()  # what a copy that begins again left takes slots that it needs
-        preflight.check(topology, run.source_shard, run.target_shard, run.shards, Mode.LOGICAL)
+        if run.keeps_source:
+            run.way_back.drop()
+        preflight.check(
+            topology, run.source_shard, run.target_shard, run.shards, Mode.LOGICAL, back=run.keeps_source
+        )
         with run.around.fitting:
             for table in run.tables:
-                self._fit_replica_identity(table)
+                self._fit_replica_identity(table, run.source_shard)
+                if run.keeps_source:
+                    self._fit_replica_identity(table, run.target_shard)
         if not topology.by_id[run.row.target].in_transit.issuperset(run.row.arcs):
             run.patiently_change(lambda now, version: now.marked(version, run.row.target, run.row.arcs))
         run.clearing.delete_rows(run.target_shard)
         for index, table in enumerate(run.tables):
             install = partial(self._install, index, table)
             run.waits.with_lock_retries(f"the trigger on {table}", run.source_shard, install, table)
-        identities = {shard.name: _identity_json(connection) for shard, connection in self._both()}
+        if run.keeps_source:
+            run.way_back.refuse_what_is_not_carried()
+        identities = run.identities()
         rows, size = self._estimate()
         run.catalog.forget(run.row.id, "copy_began")
         run.catalog.note(run.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
@@ -89,30 +90,26 @@ class LogicalCopier:
             change.claim(run.source, run.around.token)
             sourceguard.install(run.source, run.row.id, index, table, run.row.arcs)
 
-    def _fit_replica_identity(self, table: ShardedTable) -> None:
+    def _fit_replica_identity(self, table: ShardedTable, shard: Shard) -> None:
         run = self._run
-        if replicaidentity.fits(run.source, table):
+        if replicaidentity.fits(run.probes.get(shard), table):
             return
         # On a connection of its own: it waits for every transaction that may know the table without the index.
-        connection = run.shards.get(run.source_shard)
-        what = f"the index for the replica identity of {table} on shard {run.source_shard.name}"
+        connection = run.shards.get(shard)
+        what = f"the index for the replica identity of {table} on shard {shard.name}"
         attended(
             connection,
             lambda: replicaidentity.prepare_index(connection, table, run.around.token),
-            run.waits.looking_after(what, run.source_shard, connection.info.backend_pid),
+            run.waits.looking_after(what, shard, connection.info.backend_pid),
         )
         run.waits.tell(None)
         run.waits.with_lock_retries(
             f"the replica identity of {table}",
-            run.source_shard,
-            lambda: replicaidentity.use(run.source, table, run.around.token),
+            shard,
+            lambda: replicaidentity.use(run.probes.get(shard), table, run.around.token),
             table,
             inspection.Against.EVERYBODY,
         )
-
-    def _both(self) -> Iterable[tuple[Shard, Connection]]:
-        run = self._run
-        return ((run.source_shard, run.source), (run.target_shard, run.target))
 
     def _estimate(self) -> tuple[int, int]:
         """Rows and bytes that the arcs hold, by the server's statistics and the share of the source's positions."""
@@ -125,12 +122,14 @@ class LogicalCopier:
         return int(rows * share), int(sum(table.bytes for table in found if table) * share)
 
     def _same_servers(self) -> bool:
-        """Whether both servers are the ones that the copy began with, and its slot is of use."""
+        """Whether both servers are the ones that the copy began with, and it is there and its slot of use."""
         run = self._run
         stored = run.catalog.transfer(run.row.id).record.get("identities", {})
-        if any(stored.get(shard.name) != _identity_json(connection) for shard, connection in self._both()):
+        if stored != run.identities() or self.stream.is_lost():
             return False
-        return not self.stream.is_lost()
+        began = "copy_began" in run.catalog.transfer(run.row.id).record
+        # One that is gone was given up, for the WAL that it held back.
+        return not began or replication.subscription_exists(run.target, run.name)
 
     # --- copy, catch up, verify ------------------------------------------------------------------------------------
 
@@ -141,17 +140,18 @@ class LogicalCopier:
             return Event.SERVER_CHANGED
         record = run.catalog.transfer(run.row.id).record
         run.track.update(rows_expected=record["rows_expected"], bytes_expected=record["bytes_expected"])
+        self.stream.make()
         if "copy_began" not in record:
             # The servers go on copying while no mover looks, so the clock is the wall's.
             record["copy_began"] = time.time()
             run.catalog.note(run.row.id, copy_began=record["copy_began"])
-        self.stream.make()
         rows: dict[str, int] = {}
         size: dict[str, int] = {}
         forgot = worked = time.monotonic()
         while True:
             state = self.stream.state()
             self.stream.require_slot()
+            self.stream.require_budget()
             rows |= state.rows
             size |= state.bytes
             run.track.update(rows=sum(rows.values()), bytes=sum(size.values()))
@@ -171,8 +171,9 @@ class LogicalCopier:
         """Until the target is less than `SMALL_LAG` behind."""
         if not self._same_servers():
             return Event.SERVER_CHANGED
-        while self.stream.wait_replayed() > SMALL_LAG:
-            self._run.around.pause(0)
+        if self._run.keeps_source:
+            self._run.way_back.stream.publish()
+        self.stream.catch_up()
         return Event.CAUGHT_UP
 
     def verify(self) -> Event:
@@ -185,16 +186,7 @@ class LogicalCopier:
         )
         record = run.catalog.transfer(run.row.id).record
         run.track.update(rows_expected=record["rows_expected"])
-        self._verifier = Verifier(
-            run.source,
-            run.target,
-            run.row.id,
-            run.around.token,
-            run.tables,
-            run.row.arcs,
-            wait_replayed=self.stream.wait_replayed,
-            on_rows=lambda rows: run.track.update(rows=run.track.now.rows + rows),
-        )
+        self._verifier = run.verifier(self.stream)
         self._verifier.run()
         run.catalog.note(run.row.id, certificate=self._verifier.certificate)
         return Event.VERIFIED
@@ -212,33 +204,8 @@ class LogicalCopier:
             return Event.SERVER_CHANGED
         if self._verifier is None:
             return Event.POSTPONED  # what was noted as written is not known to this process: compare again
-        cutover = Cutover(run, self._verifier)
-        deadline = time.monotonic() + run.around.patience
-        while True:
-            run.around.pause(0)
-            self._verifier.settle_once()
-            try:
-                run.change(
-                    lambda now, version: now.cut_over(version, run.row.source, run.row.target, run.row.arcs),
-                    1.0,
-                    while_closed=cutover.while_closed,
-                    on_open=cutover.on_open,
-                    clock=cutover.clock,
-                )
-            except Altered as reason:
-                run.waits.tell(str(reason))
-                return Event.POSTPONED
-            except (Postponed, MoveWaiting) as error:
-                if time.monotonic() > deadline:
-                    raise MoveWaiting(
-                        f"No moment to cut over was found within {run.around.patience:.0f} s: {error}"
-                    ) from error
-                run.around.pause(0.05)
-                continue
-            run.catalog.note(run.row.id, pause_ms=cutover.pause_ms(), certificate=self._verifier.certificate)
-            return Event.DECIDED
-
-
-def _identity_json(connection: Connection) -> list[Any]:
-    identity = servers.identity(connection)
-    return [identity.system, identity.timeline]
+        cutover = Cutover(run, self.stream, self._verifier, Opening(run.row.id, run.name, run.keeps_source))
+        if not cutover.attempt():
+            return Event.POSTPONED
+        run.catalog.note(run.row.id, pause_ms=cutover.pause_ms(), certificate=self._verifier.certificate)
+        return Event.DECIDED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -18,17 +18,21 @@ from shardkit.core.errors import (
     CatalogUnreachable,
     MoverSuperseded,
     MoveWaiting,
+    NothingKept,
     NothingToDo,
     ShardUnreachable,
     TopologyInvalid,
 )
-from shardkit.core.move import FINAL, Mode, Phase
+from shardkit.core.move import FINAL, ROLLBACK, STILL, Event, Mode, Phase, step
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, inspection, replicaidentity, replication
-from shardkit.storage.catalog import Catalog, Job, TransferRow
+from shardkit.storage import change, indoubt, inspection, replicaidentity
+from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
+from .limits import Limits
+from .opening import Openings
+from .pausing import Ear
 from .progress import Listener
 from .transfer import TransferRun
 from .waiting import Interrupted, Surroundings
@@ -54,7 +58,8 @@ class Mover:
     """Runs the catalog's unfinished job. A context manager: it holds the lease from entry to exit.
 
     ``parallel`` transfers at a time; ``patience`` is the time in seconds that it waits for a lock, a moment to cut
-    over, or a server that is away, before it stops with `MoveWaiting`; ``stop`` ends it between two steps.
+    over, or a server that is away, before it stops with `MoveWaiting`; ``stop`` ends it between two steps; ``limits``
+    hold for the job from now on.
     """
 
     def __init__(
@@ -65,12 +70,16 @@ class Mover:
         patience: float = 120.0,
         listener: Listener = lambda progress: None,
         stop: threading.Event | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._catalog_url = catalog_url
         self._parallel = parallel
         self._patience = patience
         self._listener = listener
+        self._limits = limits or Limits()
         self._stop = stop or threading.Event()
+        self.paused = False
+        """Whether the stop was a pause."""
 
     def __enter__(self) -> Mover:
         self.catalog = Catalog.open(self._catalog_url, application="shardkit mover")
@@ -88,14 +97,25 @@ class Mover:
     def __exit__(self, *exc: object) -> None:
         self.catalog.connection.close()
 
-    def start(self, kind: str, weights: Mapping[int, int] | None = None, mode: Mode = Mode.AUTO) -> Job:
-        """Make a job of what the planner says, to be carried by ``mode``; `NothingToDo` if nothing would move."""
+    def start(
+        self,
+        kind: str,
+        weights: Mapping[int, int] | None = None,
+        mode: Mode = Mode.AUTO,
+        *,
+        keep_source: bool = False,
+    ) -> Job:
+        """Make a job of what the planner says, to be carried by ``mode``; `NothingToDo` if nothing would move.
+
+        With ``keep_source`` the sources keep the moved rows, as they are written, until `finalize` or `rollback`.
+        """
+        self.catalog.require_no_job()
         _, goal = plan_job(self.catalog, weights)
         if not goal.transfers:
             raise NothingToDo(
                 "Nothing has to move: every shard holds its share.", hint="There is no next step."
             )
-        self.catalog.create_job(kind, goal, mode)
+        self.catalog.create_job(kind, goal, mode, keep_source=keep_source or None)
         return self.job()
 
     def job(self) -> Job:
@@ -106,21 +126,73 @@ class Mover:
         return job
 
     def run(self) -> Job:
-        """Carry the unfinished job to its end; raises the first error of a transfer after the others have stopped."""
+        """Carry the unfinished job to its end, or to where its sources are kept; raises the first error of a transfer
+        after the others have stopped."""
         return self._run(abort=False)
 
     def abort(self) -> Job:
-        """Take back every transfer that is not decided yet, and finish those that are."""
+        """Take back every transfer, and every rollback, that is not decided yet, and finish those that are.
+
+        `NothingToDo` where the sources are kept: an abort would be no answer to what becomes of them.
+        """
+        job = self.job()
+        if self.catalog.is_kept(job):
+            raise NothingToDo(
+                f"Nothing of job {job.id} is under way: its sources keep the moved rows.", hint=KEPT_HINT
+            )
         return self._run(abort=True)
+
+    def finalize(self) -> Job:
+        """Let the sources go: delete the moved rows there. `NothingKept`, or an earlier `finalize` is carried on."""
+        self._decide_what_is_kept(Event.FINALIZE, {Phase.PURGING, Phase.DONE})
+        return self.run()
+
+    def rollback(self) -> Job:
+        """Bring the arcs back to their sources. `NothingKept`, or an earlier `rollback` is carried on.
+
+        `RollbackImpossible` where one of the sources may not have every write; then no arc goes back.
+        """
+        self._decide_what_is_kept(Event.ROLL_BACK, ROLLBACK)
+        return self.run()
+
+    def _decide_what_is_kept(self, event: Event, begun: Collection[Phase]) -> None:
+        """All kept transfers at once take the event: a job goes one way."""
+        job = self.catalog.running_job()
+        rows = self.catalog.transfers(job.id) if job is not None and job.keeps_source else []
+        left = [row for row in rows if row.phase not in FINAL]
+        kept = [row for row in rows if row.phase is Phase.KEPT]
+        if any(row.phase in begun for row in rows) and all(row.phase in begun for row in left):
+            return
+        if not left:
+            raise NothingKept
+        if len(kept) < len(left):
+            raise NothingKept(
+                "Not every transfer of the job has come to where its source is kept.",
+                hint="`shardkit rebalance resume` goes on with the job, `shardkit rebalance abort` turns back.",
+            )
+        if event is Event.ROLL_BACK:
+            for row in kept:
+                with TransferRun(row, self._around) as run:
+                    run.way_back.require_possible()
+        transition = step(Phase.KEPT, event)
+        self.catalog.enter_all(kept, transition.next, transition.sentence)
 
     def _run(self, abort: bool) -> Job:
         job = self.job()
+        self.catalog.begin_job(job.id, **self._limits.as_options())
+        with Ear(self._catalog_url, job.id, self._stop) as ear:
+            try:
+                return self._carry_all(job, abort)
+            finally:
+                self.paused = ear.paused
+
+    def _carry_all(self, job: Job, abort: bool) -> Job:
         errors: list[BaseException] = []
         with ThreadPoolExecutor(self._parallel, thread_name_prefix="transfer") as pool:
             futures = [
                 pool.submit(self._carry, row, abort)
                 for row in self.catalog.transfers(job.id)
-                if row.phase not in FINAL
+                if row.phase not in STILL
             ]
             try:
                 errors.extend(error for future in futures if (error := future.exception()) is not None)
@@ -131,12 +203,11 @@ class Mover:
             raise error
         # Not the connection that took the lease: the catalog's server may have restarted since.
         with Catalog.open(self._catalog_url).use_lease(self._around.token) as catalog:
-            self._restore_identities(catalog)
             phases = {row.phase for row in catalog.transfers(job.id)}
-            catalog.finish_job(job.id, "done" if Phase.DONE in phases else "aborted")
-            finished = catalog.latest_job()
-        assert finished is not None
-        return finished
+            if phases <= FINAL:
+                self._restore_identities(catalog)
+                catalog.finish_job(job.id, _state(phases))
+            return catalog.job(job.id)
 
     def _carry(self, row: TransferRow, abort: bool) -> None:
         """One transfer to its end, through times in which a server is away."""
@@ -230,27 +301,20 @@ class Mover:
             self._around.pause(0.1)
 
 
+def _state(phases: Collection[Phase]) -> str:
+    """How a job has ended whose transfers have ended in these phases."""
+    if Phase.DONE in phases:
+        return "done"
+    return "rolled back" if Phase.ROLLED_BACK in phases else "aborted"
+
+
 def _settle(catalog: Catalog, shards: ShardConnections) -> None:
-    """End the transactions that crashes left in doubt, as they hold fences. Then `change.settle`, with the subscription
-    of a transfer that was decided disabled as its target opens."""
+    """End the transactions that crashes left in doubt, as they hold fences. Then `change.settle`, with what the opening
+    of a transfer has to do."""
     current = catalog.current()
     if current is not None:
         indoubt.recover(current, shards)
-    proposal = catalog.proposed()
-    job = catalog.running_job()
-    if proposal is None:
-        return
-    decided = [
-        f"shardkit_{catalog.cluster_id().hex[:8]}_{row.id}"
-        for row in (catalog.transfers(job.id) if job else ())
-        if row.phase is Phase.CUTTING_OVER and proposal.owned(row.target).issuperset(row.arcs)
-    ]
-
-    def on_open(connection: Connection) -> None:
-        for name in decided:
-            replication.set_enabled(connection, name, False)
-
-    change.settle(catalog, shards, on_open=on_open)
+    change.settle(catalog, shards, on_open=Openings.pending(catalog).on_open)
 
 
 def _passes(error: BaseException) -> bool:

@@ -19,9 +19,16 @@ ALLOW_FSYNC_OFF = "SHARDKIT_ALLOW_FSYNC_OFF"
 
 
 def check(
-    topology: Topology, source: Shard, target: Shard, shards: ShardConnections, mode: Mode = Mode.AUTO
+    topology: Topology,
+    source: Shard,
+    target: Shard,
+    shards: ShardConnections,
+    mode: Mode = Mode.AUTO,
+    *,
+    back: bool = False,
 ) -> None:
-    """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target`` in this mode."""
+    """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target`` in this mode, and,
+    if the source is to be kept, why they could not go ``back``."""
     here, there = shards.get(source), shards.get(target)
     if mode is Mode.AUTO:
         mode = Mode.LOGICAL if servers.replicates_logically(here) else Mode.LOCKED
@@ -37,12 +44,23 @@ def check(
         reasons += _table(topology, table, here, there, source, target)
         if replicated:
             reasons += _unreplicated(table, here, there, source, target)
+    if back and replicated:
+        reasons += [f"to go back, shard {target.name}: {reason}" for reason in _sender(there, slots=1)]
+        reasons += [f"to go back, shard {source.name}: {reason}" for reason in _receiver(here, 0)]
+        reasons += _way_back(here, there, source, target)
+    elif back:
+        reasons.append(
+            f"rows leave shard {source.name} in locked steps, which keep no source: move without --keep-source, or "
+            "with wal_level = logical"
+        )
     if not topology.tables:
         reasons.append(
             "no table is declared, so nothing would be carried (`shardkit schema declare MODULE:ATTR` declares them)"
         )
     if replicated and not reasons:
         reasons += _reachable(here, there, source, target)
+        if back:
+            reasons += _reachable(there, here, target, source)
     if reasons:
         raise PreflightFailed(
             f"Rows cannot move from {source.name} to {target.name}:\n"
@@ -120,23 +138,38 @@ def _doubtful(source: Connection) -> list[str]:
     ]
 
 
-def _sender(source: Connection) -> list[str]:
+def _way_back(here: Connection, there: Connection, source: Shard, target: Shard) -> list[str]:
+    reasons = []
+    if not replication.may_begin_at(here):
+        reasons.append(
+            f"to go back, shard {source.name}: the mover's role may not call pg_replication_origin_advance and "
+            "pg_replication_origin_progress"
+        )
+    reasons += [
+        f"to go back, shard {shard.name}: shardkit's own tables are of an older version (run `shardkit init`)"
+        for shard, connection in ((source, here), (target, there))
+        if value(connection, "SELECT to_regclass('shardkit.opened')") is None
+    ]
+    return reasons
+
+
+def _sender(source: Connection, slots: int = 2) -> list[str]:
     reasons = []
     if not servers.replicates_logically(source):
         reasons.append(
             "wal_level is not logical (ALTER SYSTEM SET wal_level = logical, then restart; or move with --mode locked)"
         )
-    slots, senders = source.execute(
+    free, senders = source.execute(
         """
         SELECT current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots),
                current_setting('max_wal_senders')::int - (SELECT count(*) FROM pg_stat_replication)
         """
     ).fetchone() or (0, 0)
     # One for the subscription, and one at least for a table's first copy.
-    if slots < 2:
-        reasons.append(f"{slots} replication slots are free and 2 are needed (max_replication_slots)")
-    if senders < 2:
-        reasons.append(f"{senders} walsenders are free and 2 are needed (max_wal_senders)")
+    if free < slots:
+        reasons.append(f"{free} replication slots are free and {slots} are needed (max_replication_slots)")
+    if senders < slots:
+        reasons.append(f"{senders} walsenders are free and {slots} are needed (max_wal_senders)")
     return reasons
 
 

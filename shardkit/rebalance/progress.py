@@ -68,6 +68,26 @@ class Progress:
 
 
 Listener = Callable[[Progress], None]
+SECONDS_BETWEEN_REPORTS = 0.5
+
+
+class Reporter:
+    """A listener that passes on what it hears, and lets a transfer's progress be stored, at most once in a while."""
+
+    def __init__(self, listener: Listener, store: Callable[[dict[str, Any]], None]) -> None:
+        self._listener = listener
+        self._store = store
+        self._stored_at: float | None = None
+        self._phase: Phase | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Take the progress of the transfer."""
+        self._listener(progress)
+        now = time.monotonic()
+        due = self._stored_at is None or now - self._stored_at >= SECONDS_BETWEEN_REPORTS
+        if due or progress.phase is not self._phase:
+            self._stored_at, self._phase = now, progress.phase
+            self._store(progress.as_dict())
 
 
 class Tracker:

@@ -8,13 +8,14 @@ which of them owns the arcs.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.core.errors import MoveWaiting, ReplicationFailed
+from shardkit.core.errors import MoveWaiting, ReplicationFailed, WalBudgetExceeded
 from shardkit.core.topology import Shard
 from shardkit.storage import change, fence, replication
 from shardkit.storage.attended import attended
@@ -26,31 +27,48 @@ if TYPE_CHECKING:
 
 POLL = 0.1
 """Seconds between two looks at a copy that runs."""
+SMALL_LAG = 0.5
+"""Seconds in which the subscriber must have applied everything before rows are compared."""
 REVIVALS = 5
 """So many times in a row a subscription that stopped is enabled again."""
+COPY_AGAIN = "`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before."
 PATIENT = (*change.OPENING, ("lock_timeout", "500ms"))
 
 
 class Stream:
-    """One direction of replication between two shards, for the arcs and tables of a transfer."""
+    """One direction of replication between two shards, for the arcs and tables of a transfer; ``remedy`` is the next
+    step for an operator when its slot is lost."""
 
-    def __init__(self, run: TransferRun, publisher: Shard, subscriber: Shard, name: str) -> None:
+    def __init__(
+        self,
+        run: TransferRun,
+        publisher: Shard,
+        subscriber: Shard,
+        name: str,
+        *,
+        remedy: str = COPY_AGAIN,
+        budget: int | None = None,
+    ) -> None:
         self._run = run
         self._around = run.around
         self._waits = run.waits
-        self._publisher_shard = publisher
-        self._subscriber_shard = subscriber
+        self.publisher_shard = publisher
+        self.subscriber_shard = subscriber
         self.name = name
+        self._remedy = remedy
+        self._budget = budget
         self._revivals = 0
         self._ready = 0
 
     @property
-    def _publisher(self) -> Connection:
-        return self._run.probes.get(self._publisher_shard)
+    def publisher(self) -> Connection:
+        """The publisher, for looking and for short transactions."""
+        return self._run.probes.get(self.publisher_shard)
 
     @property
-    def _subscriber(self) -> Connection:
-        return self._run.probes.get(self._subscriber_shard)
+    def subscriber(self) -> Connection:
+        """The subscriber, for looking and for short transactions."""
+        return self._run.probes.get(self.subscriber_shard)
 
     def begin_phase(self) -> None:
         """Stops of the subscription are counted anew."""
@@ -60,50 +78,76 @@ class Stream:
 
     def make(self) -> None:
         """Publication, slot, subscription; the copy begins. Nothing is made twice."""
-        if replication.subscription_exists(self._subscriber, self.name):
+        if replication.subscription_exists(self.subscriber, self.name):
             return
-        with transaction(self._publisher, *change.OPENING):
-            change.claim(self._publisher, self._around.token)
-            replication.create_publication(self._publisher, self.name, self._run.tables, self._run.row.arcs)
-        failpoint("copying.published")
+        self.publish()
+        self._subscribe(replication.create_subscription)
+
+    def publish(self) -> None:
+        """Publication and slot: from now on the publisher keeps what is to be streamed."""
+        with transaction(self.publisher, *change.OPENING):
+            change.claim(self.publisher, self._around.token)
+            replication.create_publication(self.publisher, self.name, self._run.tables, self._run.row.arcs)
+        self._pass("published")
         self.create_slot()
-        failpoint("copying.slot")
-        with self._around.changing, transaction(self._subscriber, *change.OPENING):
-            change.claim(self._subscriber, self._around.token)
-            fence.guard(self._subscriber, self._run.topology().by_id[self._subscriber_shard.id].fence)
-            replication.create_subscription(
-                self._subscriber, self.name, replication.peer_conninfo(self._publisher)
-            )
-        failpoint("copying.subscribed")
+        self._pass("slot")
+
+    def begin_at(self, position: str) -> None:
+        """Subscribe to what was published, from a position of the publisher's WAL on, without a copy."""
+        self._subscribe(replication.create_subscription_at_rest)
+        with transaction(self.subscriber, *change.OPENING):
+            change.claim(self.subscriber, self._around.token)
+            replication.begin_at(self.subscriber, self.name, position)
+        self._pass("begun")
+        with transaction(self.subscriber, *change.OPENING):
+            change.claim(self.subscriber, self._around.token)
+            replication.set_enabled(self.subscriber, self.name, True)
+        self._pass("enabled")
+
+    def attend(self, attended: bool) -> None:
+        """Somebody looks after a subscription that was left alone, or leaves it alone again."""
+        with transaction(self.subscriber, *SHORT):
+            change.claim(self.subscriber, self._around.token)
+            replication.set_disabled_by_errors(self.subscriber, self.name, attended)
+
+    def _subscribe(self, create: Callable[[Connection, str, str], None]) -> None:
+        with self._around.changing, transaction(self.subscriber, *change.OPENING):
+            change.claim(self.subscriber, self._around.token)
+            fence.guard(self.subscriber, self._run.topology().by_id[self.subscriber_shard.id].fence)
+            create(self.subscriber, self.name, replication.peer_conninfo(self.publisher))
+        self._pass("subscribed")
+
+    def _pass(self, step: str) -> None:
+        failpoint(f"{self._run.row.phase.value}.{step}")
 
     def create_slot(self) -> None:
         """The slot, as soon as every transaction that writes now has ended."""
-        what = f"the replication slot on shard {self._publisher_shard.name}"
+        what = f"the replication slot on shard {self.publisher_shard.name}"
         while True:
             self._claim_publisher()
-            slot = replication.slot_state(self._publisher, self.name)
+            slot = replication.slot_state(self.publisher, self.name)
             if slot.ready:
                 return self._waits.tell(None)
             if slot.maker is not None:
                 # A mover that was killed left its server process at work; what that makes is as good.
-                look = self._waits.looking_after(what, self._publisher_shard, slot.maker)
-                while replication.slot_state(self._publisher, self.name).maker == slot.maker:
+                look = self._waits.looking_after(what, self.publisher_shard, slot.maker)
+                while replication.slot_state(self.publisher, self.name).maker == slot.maker:
                     look()
                     self._around.pause(POLL)
                 continue
-            replication.drop_slot(self._publisher, self.name)
+            replication.drop_slot(self.publisher, self.name)
             # On a connection of its own: it may take as long as the longest transaction that writes now.
-            connection = self._run.shards.get(self._publisher_shard)
+            connection = self._run.shards.get(self.publisher_shard)
             with suppress(psycopg.errors.DuplicateObject):
                 attended(
                     connection,
                     partial(replication.create_slot, connection, self.name),
-                    self._waits.looking_after(what, self._publisher_shard, connection.info.backend_pid),
+                    self._waits.looking_after(what, self.publisher_shard, connection.info.backend_pid),
                 )
 
     def _claim_publisher(self) -> None:
-        with transaction(self._publisher, *PATIENT):
-            change.claim(self._publisher, self._around.token)
+        with transaction(self.publisher, *PATIENT):
+            change.claim(self.publisher, self._around.token)
 
     # --- watching it ------------------------------------------------------------------------------------------------
 
@@ -113,10 +157,10 @@ class Stream:
         The server disables it on any error, a lost connection to the source included; one that stops again and again
         without a table more being ready has met a row it cannot take.
         """
-        state = replication.copy_state(self._subscriber, self.name)
+        state = replication.copy_state(self.subscriber, self.name)
         if state is None:
             raise ReplicationFailed(
-                f"The subscription {self.name} on shard {self._subscriber_shard.name} is gone."
+                f"The subscription {self.name} on shard {self.subscriber_shard.name} is gone."
             )
         if state.enabled:
             return state
@@ -125,51 +169,51 @@ class Stream:
         self._revivals += 1
         if self._revivals > REVIVALS:
             raise ReplicationFailed(
-                f"The subscription {self.name} on shard {self._subscriber_shard.name} stops on an error again and "
+                f"The subscription {self.name} on shard {self.subscriber_shard.name} stops on an error again and "
                 "again.",
-                shard=self._subscriber_shard.name,
+                shard=self.subscriber_shard.name,
                 errors=state.errors,
             )
         self._around.pause(0.1 * self._revivals)
-        with transaction(self._subscriber, *SHORT):
+        with transaction(self.subscriber, *SHORT):
             change.claim(
-                self._subscriber, self._around.token
+                self.subscriber, self._around.token
             )  # the opening may have stopped it, by another mover
-            replication.set_enabled(self._subscriber, self.name, True)
+            replication.set_enabled(self.subscriber, self.name, True)
         return state
 
     def held_up(self, state: replication.CopyState, seconds: float) -> bool:
         """Whether no table is being copied, which is so for a moment between two; tells the reason, and loses patience
         with it."""
-        reason = replication.held_up(self._publisher, state.oid)
+        reason = replication.held_up(self.publisher, state.oid)
         if reason is None:
             self._waits.tell(None)
         elif seconds > 2:
-            self._waits.recover_doubtful(self._publisher_shard)
-            self._waits.tell(f"the copy on shard {self._subscriber_shard.name} waits for {reason}")
+            self._waits.recover_doubtful(self.publisher_shard)
+            self._waits.tell(f"the copy on shard {self.subscriber_shard.name} waits for {reason}")
             if seconds > self._around.patience:
-                raise MoveWaiting(f"The copy on shard {self._subscriber_shard.name} waits for {reason}.")
+                raise MoveWaiting(f"The copy on shard {self.subscriber_shard.name} waits for {reason}.")
         return reason is not None
 
     def require_slot(self) -> None:
         """`ReplicationFailed` where nothing more can come from the source, so that waiting would never end."""
-        if not replication.slot_is_lost(self._publisher, self.name):
+        if not replication.slot_is_lost(self.publisher, self.name):
             return
-        what = f"Shard {self._publisher_shard.name} gave up the slot {self.name}"
-        if replication.slot_exists(self._publisher, self.name):
+        what = f"Shard {self.publisher_shard.name} gave up the slot {self.name}"
+        if replication.slot_exists(self.publisher, self.name):
             what += ": it held back too much WAL"
         raise ReplicationFailed(
             f"{what}.",
-            hint="`shardkit rebalance resume` copies again; raise max_slot_wal_keep_size before.",
-            shard=self._publisher_shard.name,
+            hint=self._remedy,
+            shard=self.publisher_shard.name,
         )
 
     def wait_replayed(self) -> float:
         """Wait until the target has applied what is committed on the source now; the seconds it took."""
         started = time.monotonic()
-        position = replication.position_now(self._publisher)
+        position = replication.position_now(self.publisher)
         while True:
-            sender = replication.sender(self._publisher, self.name, position)
+            sender = replication.sender(self.publisher, self.name, position)
             self._run.track.update(lag_bytes=sender.lag_bytes if sender else None)
             if sender is not None and sender.passed:
                 self._waits.tell(None)
@@ -178,13 +222,35 @@ class Stream:
             if time.monotonic() - started > 2:
                 if sender is None:
                     self.require_slot()
-                self._waits.tell(f"shard {self._subscriber_shard.name} applies the writes made meanwhile")
+                self.require_budget()
+                self._waits.tell(f"shard {self.subscriber_shard.name} applies the writes made meanwhile")
             self._around.pause(0.005)
+
+    def catch_up(self) -> None:
+        """Wait until the subscriber is less than `SMALL_LAG` behind."""
+        while self.wait_replayed() > SMALL_LAG:
+            self._around.pause(0)
+
+    def require_budget(self) -> None:
+        """`WalBudgetExceeded` where the publisher has to keep more WAL than it may."""
+        budget, retained = self._budget, self.retained() if self._budget is not None else None
+        if budget is not None and retained is not None and retained > budget:
+            raise WalBudgetExceeded(
+                f"Shard {self.publisher_shard.name} had to keep {retained:,} bytes of WAL for the copy, and "
+                f"--max-wal-retained allows {budget:,}: the copy was given up.",
+                shard=self.publisher_shard.name,
+                retained=retained,
+                budget=budget,
+            )
+
+    def retained(self) -> int | None:
+        """Bytes of WAL that the publisher keeps for the subscriber."""
+        return replication.retained(self.publisher, self.name)
 
     def is_lost(self) -> bool:
         """Whether there is a subscription whose slot is of no use any more."""
-        return replication.subscription_exists(self._subscriber, self.name) and replication.slot_is_lost(
-            self._publisher, self.name
+        return replication.subscription_exists(self.subscriber, self.name) and replication.slot_is_lost(
+            self.publisher, self.name
         )
 
     # --- the end ----------------------------------------------------------------------------------------------------
@@ -192,32 +258,32 @@ class Stream:
     def drop(self) -> None:
         """Subscription first, and the slot when nobody uses it any more; nothing that was never made is missed."""
         self._waits.with_lock_retries(
-            "the end of the subscription", self._subscriber_shard, self._drop_subscription
+            "the end of the subscription", self.subscriber_shard, self._drop_subscription
         )
         failpoint("drop.subscription")
         self._waits.with_lock_retries(
-            "the end of the publication", self._publisher_shard, self._drop_publication
+            "the end of the publication", self.publisher_shard, self._drop_publication
         )
         self._drop_slot_patiently()
         failpoint("drop.slot")
 
     def _drop_subscription(self) -> None:
-        with transaction(self._subscriber, *PATIENT):
-            change.claim(self._subscriber, self._around.token)
-            replication.drop_subscription(self._subscriber, self.name)
+        with transaction(self.subscriber, *PATIENT):
+            change.claim(self.subscriber, self._around.token)
+            replication.drop_subscription(self.subscriber, self.name)
 
     def _drop_publication(self) -> None:
-        with transaction(self._publisher, *PATIENT):
-            change.claim(self._publisher, self._around.token)
-            replication.drop_publication(self._publisher, self.name)
+        with transaction(self.publisher, *PATIENT):
+            change.claim(self.publisher, self._around.token)
+            replication.drop_publication(self.publisher, self.name)
 
     def _drop_slot_patiently(self) -> None:
         """Until whoever uses it has gone: a walsender, or what a killed mover left at work on it."""
         deadline = time.monotonic() + self._around.patience
         while not self.drop_slot():
-            user = replication.slot_state(self._publisher, self.name).maker
-            blocker = replication.blocker(self._publisher, user)
-            reason = f"the slot {self.name} on shard {self._publisher_shard.name} is in use by pid {user}" + (
+            user = replication.slot_state(self.publisher, self.name).maker
+            blocker = replication.blocker(self.publisher, user)
+            reason = f"the slot {self.name} on shard {self.publisher_shard.name} is in use by pid {user}" + (
                 f", which waits for {blocker}" if blocker else ""
             )
             if time.monotonic() > deadline:
@@ -229,6 +295,6 @@ class Stream:
 
     def drop_slot(self) -> bool:
         """Drop the slot unless somebody uses it; whether it is gone."""
-        with transaction(self._publisher, *SHORT):
-            change.claim(self._publisher, self._around.token)
-            return replication.drop_slot(self._publisher, self.name)
+        with transaction(self.publisher, *SHORT):
+            change.claim(self.publisher, self._around.token)
+            return replication.drop_slot(self.publisher, self.name)

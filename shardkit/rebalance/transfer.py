@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
-from shardkit.core.errors import MoverSuperseded, MoveWaiting
-from shardkit.core.move import ACTIONS, FINAL, Action, Event, Mode, can_abort, step
-from shardkit.core.topology import Topology
+import psycopg
+
+from shardkit.core.errors import MoverSuperseded, MoveWaiting, WalBudgetExceeded
+from shardkit.core.move import ACTIONS, STILL, Action, Event, Mode, can_abort, step
+from shardkit.core.topology import Shard, Topology
 from shardkit.storage import change, servers, tables
 from shardkit.storage.catalog import Catalog, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
 
 from .clearing import Clearing
+from .limits import Limits
 from .locked import LockedCopier
 from .logical import LogicalCopier
-from .progress import Tracker
-from .stream import PATIENT
+from .opening import Openings, stream_name
+from .progress import Reporter, Tracker
+from .stream import PATIENT, Stream
+from .verify import Verifier
 from .waiting import Surroundings, Waits
+from .wayback import WayBack
 
 
 class Copier(Protocol):
@@ -37,7 +45,6 @@ class Copier(Protocol):
     def catch_up(self) -> Event: ...
     def verify(self) -> Event: ...
     def cut_over(self) -> Event: ...
-    def on_open(self, target: Connection) -> None: ...
     def end(self) -> None: ...
     def take_back(self) -> None: ...
     def stand_down(self) -> None: ...
@@ -53,17 +60,20 @@ class TransferRun:
         # Changes of the topology hold a transaction open; what looks on meanwhile needs connections of its own.
         self.shards = ShardConnections()
         self.probes = ShardConnections("shardkit mover probe")
-        self.name = f"shardkit_{self.catalog.cluster_id().hex[:8]}_{row.id}"
+        self.name = stream_name(self.catalog, row.id)
+        job = self.catalog.job(row.job_id)
+        self.keeps_source = job.keeps_source
+        self.limits = Limits.of(job.options)
         topology = self.topology()
         self.source_shard = topology.by_id[row.source]
         self.target_shard = topology.by_id[row.target]
         self.tables = topology.tables
-        self.track = Tracker(
-            row.id, self.source_shard.name, self.target_shard.name, row.phase, around.listener
-        )
+        listener = Reporter(around.listener, self._report)
+        self.track = Tracker(row.id, self.source_shard.name, self.target_shard.name, row.phase, listener)
         self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self.clearing = Clearing(self)
         self.copier = self._chosen_copier()
+        self.way_back = WayBack(self)
         self._actions: dict[Action, Callable[[], Event]] = {
             Action.START: lambda: Event.STARTED,
             Action.PREPARE: self.copier.prepare,
@@ -74,7 +84,18 @@ class TransferRun:
             Action.OPEN: self._open,
             Action.PURGE: self._purge,
             Action.UNDO: self._undo,
+            Action.CATCH_UP_BACK: self.way_back.catch_up,
+            Action.VERIFY_BACK: self.way_back.verify,
+            Action.CUT_BACK: self.way_back.cut_over,
+            Action.OPEN_BACK: self.way_back.open,
+            Action.CLEAR: self.way_back.clear,
+            Action.STAY: self.way_back.stay,
         }
+
+    def _report(self, progress: dict[str, Any]) -> None:
+        # Not worth a failure: whatever keeps the catalog away is met by the next step.
+        with suppress(psycopg.Error):
+            self.catalog.report(self.row.id, progress)
 
     def _chosen_copier(self) -> Copier:
         """By the mode that is stored for the transfer; before anything was done, a mode is chosen and stored."""
@@ -95,12 +116,17 @@ class TransferRun:
     # --- the way through the table ---------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Go from the stored phase to a final one."""
-        while self.row.phase not in FINAL:
+        """Go from the stored phase to a final one, or to one that waits for the operator."""
+        while self.row.phase not in STILL:
             self.around.pause(0)
             self.track.enter(self.row.phase)
             failpoint(f"{self.row.phase.value}.begin")
-            self._take(self._actions[ACTIONS[self.row.phase]]())
+            try:
+                event = self._actions[ACTIONS[self.row.phase]]()
+            except WalBudgetExceeded:
+                self.copier.end()  # nothing else lets the WAL go; what was copied is copied again
+                raise
+            self._take(event)
         self.track.enter(self.row.phase)
 
     def abort(self) -> None:
@@ -114,6 +140,7 @@ class TransferRun:
         self.catalog.enter(self.row, transition.next, transition.sentence)
         self.row = replace(self.row, phase=transition.next)
         self.copier.begin_phase()
+        self.way_back.stream.begin_phase()
 
     def topology(self) -> Topology:
         """The topology that the catalog holds now."""
@@ -139,6 +166,7 @@ class TransferRun:
             return make(current, version)
 
         with self.around.changing:
+            self._settle()
             change.apply(
                 self.catalog, self.shards, next_topology, report=self.waits.tell, patience=patience, **hooks
             )
@@ -155,47 +183,93 @@ class TransferRun:
                 self.around.pause(0.2)
 
     def settle(self) -> None:
-        """Finish or discard what is pending; a cutover of this transfer opens without its subscription."""
+        """Finish or discard what is pending, this transfer's or another's."""
         with self.around.changing:
-            change.settle(self.catalog, self.shards, on_open=self.copier.on_open)
+            self._settle()
+
+    def _settle(self) -> None:
+        change.settle(self.catalog, self.shards, on_open=Openings.pending(self.catalog).on_open)
 
     def decided(self) -> bool:
         """Whether the target owns the arcs, by the topology in force."""
         return self.topology().owned(self.row.target).issuperset(self.row.arcs)
+
+    def identities(self) -> dict[str, list[Any]]:
+        """Which servers source and target are now: another history is another server."""
+        found = {
+            shard.name: servers.identity(self.probes.get(shard))
+            for shard in (self.source_shard, self.target_shard)
+        }
+        return {name: [identity.system, identity.timeline] for name, identity in found.items()}
+
+    def verifier(self, stream: Stream) -> Verifier:
+        """What compares the publisher of a stream with its subscriber."""
+        return Verifier(
+            stream.publisher,
+            stream.subscriber,
+            self.row.id,
+            self.around.token,
+            self.tables,
+            self.row.arcs,
+            wait_replayed=stream.wait_replayed,
+            on_rows=lambda rows: self.track.update(rows=self.track.now.rows + rows),
+        )
+
+    def claim(self, shard: Shard) -> None:
+        """Write this mover's token on a shard: a decision there by an older one is made now, or can never be."""
+        self.waits.with_lock_retries("the end of the move", shard, partial(self._claim, shard))
+
+    def _claim(self, shard: Shard) -> None:
+        connection = self.probes.get(shard)
+        with transaction(connection, *PATIENT):
+            change.claim(connection, self.around.token)
 
     # --- what follows the copier -----------------------------------------------------------------------------------
 
     def _open(self) -> Event:
         if not self.decided():
             raise MoverSuperseded("The catalog does not hold the topology that this transfer decided.")
-        return Event.OPENED
+        if not self.keeps_source:
+            return Event.OPENED
+        self.copier.end()  # the two directions never run at once
+        self.way_back.begin()
+        return Event.KEPT
 
     def _purge(self) -> Event:
         self.copier.end()
+        if self.keeps_source:
+            self.way_back.drop()
+            self.clearing.remove_triggers(self.target_shard)
         self.track.update(rows_expected=sum(self._certified_rows().values()))
-        deleted = self.clearing.delete_rows(self.source_shard)
-        for connection in (self.source, self.target):
-            for table in self.tables:
-                tables.analyze(connection, table)
-        self.copier.stand_down()
-        self.change(
-            lambda now, version: now.unmarked(version, self.row.source, self.row.arcs), self.around.patience
-        )
+        self.clear_out(self.source_shard, self.copier.stand_down)
+        return Event.PURGED
+
+    def clear_out(self, shard: Shard, stand_down: Callable[[], None]) -> None:
+        """Delete the rows of the arcs on the shard that does not own them any more, and all that marks them there;
+        ``stand_down`` takes the triggers away."""
+        deleted = self.clearing.delete_rows(shard)
+        self.clearing.vacuum(shard)
+        other = self.target if shard is self.source_shard else self.source
+        for table in self.tables:
+            tables.analyze(other, table)
+        stand_down()
+        self.change(lambda now, version: now.unmarked(version, shard.id, self.row.arcs), self.around.patience)
         purged = self.catalog.transfer(self.row.id).record.get("rows_purged", 0)
         self.catalog.note(self.row.id, rows_purged=purged + deleted)
-        return Event.PURGED
 
     def _certified_rows(self) -> dict[str, int]:
         certificate = self.catalog.transfer(self.row.id).record.get("certificate", {})
         return dict(certificate.get("rows", {}))
 
     def _undo(self) -> Event:
-        # Written on the source first: a decision by an older mover is now made already or can never be.
-        self.waits.with_lock_retries("the end of the move", self.source_shard, self._claim_source)
+        self.claim(self.source_shard)
         self.settle()
         if self.decided():
             return Event.DECIDED
         self.copier.take_back()
+        if self.keeps_source:
+            self.way_back.drop()
+            self.clearing.remove_triggers(self.target_shard)
         if self.topology().by_id[self.row.target].in_transit.issuperset(self.row.arcs):
             self.clearing.delete_rows(self.target_shard)
             self.change(
@@ -204,7 +278,3 @@ class TransferRun:
             )
         self.copier.stand_down()
         return Event.UNDONE
-
-    def _claim_source(self) -> None:
-        with transaction(self.source, *PATIENT):
-            change.claim(self.source, self.around.token)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, LiteralString, Self
 from uuid import UUID, uuid4
 
@@ -22,7 +22,7 @@ from psycopg.types.json import Jsonb
 
 from shardkit.core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised
 from shardkit.core.keyrange import Arc, ArcSet
-from shardkit.core.move import Mode, Phase
+from shardkit.core.move import FINAL, STILL, Mode, Phase
 from shardkit.core.placement import Placement
 from shardkit.core.topology import Topology
 
@@ -30,11 +30,15 @@ from .connections import Connection, connect_catalog, value
 from .topologies import read_current
 
 LEASE_LOCK = 0x6C656173_65000001
+KEPT_HINT = (
+    "`shardkit rebalance finalize` deletes the moved rows from their sources, `shardkit rebalance rollback` brings the "
+    "arcs back."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One change of placement: its kind, goal and state (running, done, aborted)."""
+    """One change of placement: its kind, goal, state (running, done, aborted, rolled back), and what it was told."""
 
     id: int
     kind: str
@@ -42,6 +46,13 @@ class Job:
     goal: Placement
     attempts: int
     last_error: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    paused: bool = False
+
+    @property
+    def keeps_source(self) -> bool:
+        """Whether the sources keep the moved rows until the operator has said what becomes of them."""
+        return bool(self.options.get("keep_source"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +69,17 @@ class TransferRow:
     attempts: int
     last_error: str | None
     waiting_for: str | None
+    progress: dict[str, Any] | None = None
+    """What the mover reported last."""
 
 
 _TRANSFERS = """
-SELECT id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for
+SELECT id, job_id, source, target, arcs, phase, record, attempts, last_error, waiting_for, progress
 FROM shardkit.transfers WHERE {} = %s ORDER BY id
 """
-_JOBS = "SELECT id, kind, state, goal, attempts, last_error FROM shardkit.jobs"
+_JOBS = "SELECT id, kind, state, goal, attempts, last_error, options, paused FROM shardkit.jobs"
 _RUNNING_JOB = f"{_JOBS} WHERE state = 'running'"
+_JOB = f"{_JOBS} WHERE id = %s"
 _LATEST_JOB = f"{_JOBS} ORDER BY id DESC LIMIT 1"
 
 
@@ -232,14 +246,32 @@ class Catalog:
 
     # --- jobs and transfers ----------------------------------------------------------------------------------------
 
-    def create_job(self, kind: str, goal: Placement, mode: Mode = Mode.AUTO) -> int:
-        """Store a job and its transfers, all planned, to be carried by ``mode``; `JobRunning` if one is unfinished."""
-        if self.running_job() is not None:
-            raise JobRunning
+    def require_no_job(self) -> None:
+        """`JobRunning`, with what ends it, if a job is unfinished."""
+        job = self.running_job()
+        if job is None:
+            return
+        if self.is_kept(job):
+            raise JobRunning(
+                f"The sources of job {job.id} still keep the moved rows, and topology changes are made one at a time.",
+                hint=KEPT_HINT,
+            )
+        raise JobRunning
+
+    def is_kept(self, job: Job) -> bool:
+        """Whether nothing of a job is left to do before the operator finalises it or rolls it back."""
+        phases = {row.phase for row in self.transfers(job.id)}
+        return job.state == "running" and phases <= STILL and not phases <= FINAL
+
+    def create_job(self, kind: str, goal: Placement, mode: Mode = Mode.AUTO, **options: Any) -> int:
+        """Store a job and its transfers, all planned, to be carried by ``mode``; `JobRunning` if one is unfinished.
+        ``options`` that are None are left out."""
+        self.require_no_job()
+        told = {name: option for name, option in options.items() if option is not None}
         with self.writing() as cursor:
             cursor.execute(
-                "INSERT INTO shardkit.jobs (kind, state, goal) VALUES (%s, 'running', %s) RETURNING id",
-                (kind, Jsonb(goal.to_json())),
+                "INSERT INTO shardkit.jobs (kind, state, goal, options) VALUES (%s, 'running', %s, %s) RETURNING id",
+                (kind, Jsonb(goal.to_json()), Jsonb(told)),
             )
             (job_id,) = cursor.fetchone() or (0,)
             cursor.executemany(
@@ -257,12 +289,21 @@ class Catalog:
                     for transfer in goal.transfers
                 ],
             )
-            self.event(cursor, "job", job=job_id, kind=kind, transfers=len(goal.transfers))
+            self.event(cursor, "job", job=job_id, kind=kind, transfers=len(goal.transfers), **told)
         return int(job_id)
 
-    def _job(self, query: LiteralString) -> Job | None:
-        row = self.connection.execute(query).fetchone()
-        return Job(row[0], row[1], row[2], Placement.from_json(row[3]), row[4], row[5]) if row else None
+    def _job(self, query: LiteralString, *parameters: Any) -> Job | None:
+        row = self.connection.execute(query, parameters).fetchone()
+        if row is None:
+            return None
+        number, kind, state, goal, *rest = row
+        return Job(number, kind, state, Placement.from_json(goal), *rest)
+
+    def job(self, job_id: int) -> Job:
+        """One job."""
+        found = self._job(_JOB, job_id)
+        assert found is not None
+        return found
 
     def running_job(self) -> Job | None:
         """The unfinished job, if there is one."""
@@ -273,13 +314,33 @@ class Catalog:
         return self._job(_LATEST_JOB)
 
     def finish_job(self, job_id: int, state: str) -> None:
-        """End a job as ``done`` or ``aborted``."""
+        """End a job as ``done``, ``aborted`` or ``rolled back``."""
         with self.writing() as cursor:
             cursor.execute(
                 "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL WHERE id = %s",
                 (state, job_id),
             )
             self.event(cursor, f"job {state}", job=job_id)
+
+    def pause(self, job_id: int) -> None:
+        """Ask whoever works on a job to stop. A wish, so it needs no lease; the mover reads it."""
+        with self.connection.transaction(), self.connection.cursor() as cursor:
+            cursor.execute("UPDATE shardkit.jobs SET paused = true WHERE id = %s AND NOT paused", (job_id,))
+            if cursor.rowcount:
+                self.event(cursor, "job paused", job=job_id)
+
+    def is_paused(self, job_id: int) -> bool:
+        """Whether somebody asked for it since the job was last begun."""
+        return bool(value(self.connection, "SELECT paused FROM shardkit.jobs WHERE id = %s", (job_id,)))
+
+    def begin_job(self, job_id: int, **options: Any) -> None:
+        """A mover begins, or goes on: the job is not paused. ``options`` that are not None hold from now on."""
+        told = {name: option for name, option in options.items() if option is not None}
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.jobs SET paused = false, options = options || %s WHERE id = %s",
+                (Jsonb(told), job_id),
+            )
 
     def transfers(self, job_id: int) -> list[TransferRow]:
         """The transfers of a job, in the order they were planned."""
@@ -294,22 +355,30 @@ class Catalog:
 
     def enter(self, transfer: TransferRow, phase: Phase, sentence: str) -> None:
         """Persist the next phase of a transfer."""
+        self.enter_all([transfer], phase, sentence)
+
+    def enter_all(self, transfers: Iterable[TransferRow], phase: Phase, sentence: str) -> None:
+        """Persist the next phase of several transfers, of all or of none."""
         with self.writing() as cursor:
-            cursor.execute(
-                "UPDATE shardkit.transfers SET phase = %s, last_error = NULL, waiting_for = NULL, updated_at = now() "
-                "WHERE id = %s AND phase = %s",
-                (phase.value, transfer.id, transfer.phase.value),
-            )
-            if cursor.rowcount != 1:
-                raise MoverSuperseded
-            self.event(
-                cursor,
-                "phase",
-                job=transfer.job_id,
-                transfer=transfer.id,
-                phase=phase.value,
-                sentence=sentence,
-            )
+            for transfer in transfers:
+                self._enter(cursor, transfer, phase, sentence)
+
+    def _enter(self, cursor: psycopg.Cursor[Any], transfer: TransferRow, phase: Phase, sentence: str) -> None:
+        cursor.execute(
+            "UPDATE shardkit.transfers SET phase = %s, last_error = NULL, waiting_for = NULL, updated_at = now() "
+            "WHERE id = %s AND phase = %s",
+            (phase.value, transfer.id, transfer.phase.value),
+        )
+        if cursor.rowcount != 1:
+            raise MoverSuperseded
+        self.event(
+            cursor,
+            "phase",
+            job=transfer.job_id,
+            transfer=transfer.id,
+            phase=phase.value,
+            sentence=sentence,
+        )
 
     def note(self, transfer_id: int, **facts: Any) -> None:
         """Add facts to a transfer's record."""
@@ -332,6 +401,13 @@ class Catalog:
             cursor.execute(
                 "UPDATE shardkit.transfers SET waiting_for = %s, updated_at = now() WHERE id = %s",
                 (reason, transfer_id),
+            )
+
+    def report(self, transfer_id: int, progress: Mapping[str, Any]) -> None:
+        """Let others see how far a transfer is."""
+        with self.writing() as cursor:
+            cursor.execute(
+                "UPDATE shardkit.transfers SET progress = %s WHERE id = %s", (Jsonb(progress), transfer_id)
             )
 
     def failed(self, transfer: TransferRow, error: str) -> None:

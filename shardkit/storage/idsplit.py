@@ -81,8 +81,7 @@ def _recording(made: Split) -> Callable[[Topology | None, int], Topology]:
 
 
 def _refuse_moving(catalog: Catalog, topology: Topology) -> None:
-    if catalog.running_job() is not None:
-        raise JobRunning
+    catalog.require_no_job()
     if marked := [shard.name for shard in topology.shards if shard.in_transit]:
         raise JobRunning(f"Rows are in transit on {', '.join(marked)}.", hint="`shardkit doctor` tells more.")
 

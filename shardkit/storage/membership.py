@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from shardkit.core.errors import (
     AlreadyShard,
     DeclarationError,
-    JobRunning,
     NameTaken,
     NotInitialised,
     PreflightFailed,
@@ -56,8 +55,7 @@ def check_join(
     other shard to answer. A joining that was interrupted recognises itself by name, URL and weight.
     """
     current = catalog.proposed() or catalog.current()  # a pending one is what `join` begins with
-    if catalog.running_job() is not None:
-        raise JobRunning
+    catalog.require_no_job()
     if current is not None and _has_joined(newcomer, catalog, current, name, without_password(url), weight):
         return current
     claims.check_free(newcomer, catalog.cluster_id(), current)
@@ -205,8 +203,7 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTa
     added = [table for key, table in sorted(wanted.items()) if key not in current.declared_tables]
     if not added:
         return current
-    if catalog.running_job() is not None:
-        raise JobRunning
+    catalog.require_no_job()
     check_declared(current, shards, added)
     topology = change.apply(catalog, shards, lambda before, version: _declared(before, version, added))
     change.announce(catalog, shards, topology)

@@ -62,13 +62,16 @@ def delete_arcs(
     token: int,
     in_force: Fence,
     on_batch: Callable[[int], None],
+    pause: Callable[[float], None] = time.sleep,
     share: float = 0.5,
+    rows_per_second: float | None = None,
 ) -> int:
     """Delete every row of ``arcs``; the number deleted.
 
     Each batch writes the mover's token and takes the guard of ``in_force``, the fence of a topology under which this
     shard does not own the arcs; where it is no longer there, ``psycopg.errors.UndefinedTable`` passes through.
-    Batches run for ``share`` of the time, at most.
+    Batches run for ``share`` of the time, at most, and delete ``rows_per_second``, on average; a small limit makes
+    small batches.
     """
     deleted = 0
     for leaf in leaves(connection, table):
@@ -77,7 +80,8 @@ def delete_arcs(
             "SELECT pg_relation_size(%s::regclass) / current_setting('block_size')::bigint",
             (leaf.as_string(connection),),
         )
-        for first in range(0, size, BLOCKS_A_BATCH):
+        blocks = BLOCKS_A_BATCH if rows_per_second is None else _blocks(connection, leaf, rows_per_second)
+        for first in range(0, size, blocks):
             started = time.monotonic()
             with transaction(connection, *_SETTINGS):
                 claim(connection, token)
@@ -86,13 +90,27 @@ def delete_arcs(
                     sql.SQL("DELETE FROM ONLY {} WHERE ctid >= {}::tid AND ctid < {}::tid AND {}").format(
                         leaf,
                         sql.Literal(f"({first},0)"),
-                        sql.Literal(f"({first + BLOCKS_A_BATCH},0)"),
+                        sql.Literal(f"({first + blocks},0)"),
                         within(table, arcs),
                     )
                 ).rowcount
+            took = time.monotonic() - started
             deleted += gone
             on_batch(gone)
             failpoint("purge.batch")
             if gone:
-                time.sleep((time.monotonic() - started) * (1 / share - 1))
+                rest = took * (1 / share - 1)
+                if rows_per_second is not None:
+                    rest = max(rest, gone / rows_per_second - took)
+                pause(rest)
     return deleted
+
+
+def _blocks(connection: Connection, leaf: sql.Identifier, rows_per_second: float) -> int:
+    """Blocks of a batch that holds about as many rows as may go in a second, by the server's statistics."""
+    density = value(
+        connection,
+        "SELECT nullif(greatest(reltuples, 0), 0) / nullif(relpages, 0) FROM pg_class WHERE oid = %s::regclass",
+        (leaf.as_string(connection),),
+    )
+    return max(1, min(BLOCKS_A_BATCH, int(rows_per_second / max(density or 50.0, 1.0))))

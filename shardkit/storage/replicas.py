@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import LiteralString
 
-from shardkit.core.errors import IncompatibleServer, JobRunning, NoReplica, NotInitialised, UsageError
+from shardkit.core.errors import IncompatibleServer, NoReplica, NotInitialised, UsageError
 from shardkit.core.topology import Shard, Topology
 
 from . import change, claims, fence
@@ -102,8 +102,7 @@ def _current(catalog: Catalog) -> Topology:
 
 
 def _change(catalog: Catalog, shards: ShardConnections, name: str, urls: tuple[str, ...]) -> Topology:
-    if catalog.running_job() is not None:
-        raise JobRunning
+    catalog.require_no_job()
 
     def make(before: Topology | None, version: int) -> Topology:
         assert before is not None

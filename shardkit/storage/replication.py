@@ -272,6 +272,70 @@ def create_subscription(target: Connection, name: str, source_conninfo: str) -> 
     )
 
 
+def create_subscription_at_rest(target: Connection, name: str, source_conninfo: str) -> None:
+    """Subscribe without a copy, in the caller's transaction, on the slot that is there already; nothing comes before
+    `begin_at` and `set_enabled`. It goes on by itself after any error, as nobody may be there to look after it; see
+    `set_disabled_by_errors`."""
+    if subscription_exists(target, name):
+        return
+    target.execute(
+        sql.SQL(
+            "CREATE SUBSCRIPTION {name} CONNECTION {conninfo} PUBLICATION {name} "
+            "WITH (enabled = false, create_slot = false, slot_name = {slot}, binary = true, copy_data = false)"
+        ).format(name=sql.Identifier(name), conninfo=sql.Literal(source_conninfo), slot=sql.Literal(name))
+    )
+
+
+def begin_at(target: Connection, name: str, position: str) -> None:
+    """Let a subscription at rest begin at a position of the source's WAL: what was committed before is passed over.
+
+    One that has gone beyond it stays where it is.
+    """
+    target.execute(
+        """
+        SELECT pg_replication_origin_advance(origin, %(at)s::pg_lsn)
+        FROM (SELECT 'pg_' || oid AS origin FROM pg_subscription
+              WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND subname = %(name)s) s
+        WHERE coalesce(pg_replication_origin_progress(origin, false), '0/0') < %(at)s::pg_lsn
+        """,
+        {"name": name, "at": position},
+    )
+
+
+def may_begin_at(target: Connection) -> bool:
+    """Whether the role may do `begin_at`."""
+    return bool(
+        value(
+            target,
+            "SELECT has_function_privilege('pg_replication_origin_advance(text, pg_lsn)', 'EXECUTE') "
+            "AND has_function_privilege('pg_replication_origin_progress(text, boolean)', 'EXECUTE')",
+        )
+    )
+
+
+def retained(source: Connection, name: str) -> int | None:
+    """Bytes of WAL that the source keeps for a slot; None if there is none, or it is of no use any more."""
+    found = value(
+        source,
+        "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), restart_lsn)::bigint FROM pg_replication_slots "
+        "WHERE slot_name = %s AND wal_status IS DISTINCT FROM 'lost'",
+        (name,),
+    )
+    return None if found is None else int(found)
+
+
+def standby_lag(connection: Connection) -> int | None:
+    """Bytes that the slowest physical standby of a server has not replayed; None if none is connected."""
+    found = value(
+        connection,
+        """
+        SELECT max(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))::bigint FROM pg_stat_replication r
+        WHERE NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
+        """,
+    )
+    return None if found is None else int(found)
+
+
 def probe_subscription(target: Connection, name: str, source_conninfo: str) -> None:
     """Let the target connect to the source and forget it; raises what the server says where it cannot."""
     with target.transaction(force_rollback=True):
@@ -289,6 +353,18 @@ def set_enabled(target: Connection, name: str, enabled: bool) -> None:
         target.execute(
             sql.SQL("ALTER SUBSCRIPTION {} {}").format(
                 sql.Identifier(name), sql.SQL("ENABLE" if enabled else "DISABLE")
+            )
+        )
+
+
+def set_disabled_by_errors(target: Connection, name: str, disabled: bool) -> None:
+    """Whether an error, a lost connection among them, disables the subscription, so that a mover can see it; else the
+    server tries again and again."""
+    is_so = f"{_SUBSCRIPTION} AND subdisableonerr = %s"
+    if subscription_exists(target, name) and value(target, is_so, (name, disabled)) is None:
+        target.execute(
+            sql.SQL("ALTER SUBSCRIPTION {} SET (disable_on_error = {})").format(
+                sql.Identifier(name), sql.Literal(disabled)
             )
         )
 

@@ -7,6 +7,9 @@ advisory lock to the end of its transaction, for which the decision waits: a tra
 otherwise commit a write after the last comparison. They are ordinary triggers: a purge, and
 the apply of replicated changes, run with session_replication_role = replica and pass them by.
 
+A target whose source is to be kept has the refusals (`install_refusals`) from PREPARE on as well: what it does with
+the moved rows goes back by replication. Its notes begin with a rollback, or they would pile up while nobody looks.
+
 What a REPEATABLE READ transaction reads is as old as its snapshot, ``shardkit.moved`` included. So it is refused as by
 a fence: it locks an empty relation by a name which the decision renames, and names are looked up as they are now.
 """
@@ -53,9 +56,13 @@ def _marker(transfer: int, state: str) -> sql.Identifier:
     return sql.Identifier("shardkit", f"{state}_{transfer}")
 
 
-def _trigger(transfer: int, what: str) -> sql.Identifier:
+def _trigger_name(transfer: int, what: str) -> str:
     # 'zz': after the application's own triggers, of which a BEFORE one may still change the key.
-    return sql.Identifier(f"zz_shardkit_{transfer}_{what}")
+    return f"zz_shardkit_{transfer}_{what}"
+
+
+def _trigger(transfer: int, what: str) -> sql.Identifier:
+    return sql.Identifier(_trigger_name(transfer, what))
 
 
 _BODY = sql.SQL("""
@@ -112,6 +119,7 @@ def installed(source: Connection, transfer: int, index: int) -> bool:
 
 def install(source: Connection, transfer: int, index: int, table: ShardedTable, arcs: ArcSet) -> None:
     """Make the triggers of one table, in the caller's transaction; waits for the table's writers under lock_timeout."""
+    install_refusals(source, transfer, table)
     if installed(source, transfer, index):
         return
     function = _function(transfer, index)
@@ -145,6 +153,12 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
                 _trigger(transfer, what), event, relation(table), condition, function
             )
         )
+
+
+def install_refusals(source: Connection, transfer: int, table: ShardedTable) -> None:
+    """Make the triggers of one table that refuse what replication cannot carry, as `install` does."""
+    if _refuses(source, transfer, table):
+        return
     source.execute(
         sql.SQL(
             "CREATE TRIGGER {} BEFORE UPDATE ON {} FOR EACH ROW WHEN ({} IS DISTINCT FROM {}) "
@@ -161,18 +175,29 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
         )
 
 
+def _refuses(source: Connection, transfer: int, table: ShardedTable) -> bool:
+    query = "SELECT 1 FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = %s"
+    name = relation(table).as_string(source)
+    return value(source, query, (name, _trigger_name(transfer, "rekey"))) is not None
+
+
 def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -> None:
     """Drop the triggers of one table, in the caller's transaction."""
-    if not installed(source, transfer, index):
-        return
-    source.execute(
-        sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "rekey"), relation(table))
-    )
-    for part in parts(source, table):
+    if _refuses(source, transfer, table):
         source.execute(
-            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "truncate"), part)
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "rekey"), relation(table))
         )
-    source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
+        for part in parts(source, table):
+            source.execute(
+                sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_trigger(transfer, "truncate"), part)
+            )
+    remove_notes(source, transfer, index)
+
+
+def remove_notes(source: Connection, transfer: int, index: int) -> None:
+    """Drop the triggers of table number ``index`` that note, in the caller's transaction."""
+    if installed(source, transfer, index):
+        source.execute(sql.SQL("DROP FUNCTION {}() CASCADE").format(_function(transfer, index)))
 
 
 def remove_strays(source: Connection, transfer: int) -> None:
@@ -242,6 +267,13 @@ def set_moved(source: Connection, transfer: int, target: str) -> None:
     )
     moving, moved = _marker(transfer, "moving"), sql.Identifier(f"moved_{transfer}")
     source.execute(sql.SQL("ALTER TABLE IF EXISTS {} RENAME TO {}").format(moving, moved))
+
+
+def set_back(source: Connection, transfer: int) -> None:
+    """From the caller's commit on, take writes to the rows again, which have come back; part of that opening."""
+    source.execute("DELETE FROM shardkit.moved WHERE transfer_id = %s", (transfer,))
+    moved, moving = _marker(transfer, "moved"), sql.Identifier(f"moving_{transfer}")
+    source.execute(sql.SQL("ALTER TABLE IF EXISTS {} RENAME TO {}").format(moved, moving))
 
 
 def clear(source: Connection, transfer: int) -> None:

@@ -184,6 +184,16 @@ def analyze(connection: Connection, table: DeclaredTable) -> None:
     connection.execute(sql.SQL("ANALYZE {}").format(relation(table)))
 
 
+def vacuum(connection: Connection, table: DeclaredTable) -> None:
+    """Give the place of deleted rows back to the table, outside any transaction; the server looks at it as well.
+
+    It takes no lock that an application would notice: a table, or partition, that somebody else vacuums or alters now
+    is passed over, and the file is not shortened.
+    """
+    connection.execute("SELECT set_config('vacuum_cost_delay', '2ms', false)")  # as autovacuum does it
+    connection.execute(sql.SQL("VACUUM (SKIP_LOCKED, TRUNCATE false, ANALYZE) {}").format(relation(table)))
+
+
 def key_problems(table: ShardedTable, found: Table | None) -> list[str]:
     """Why the table cannot be sharded by its key as the server has it; empty if it can."""
     if found is None:

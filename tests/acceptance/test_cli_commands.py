@@ -21,6 +21,7 @@ from shardkit.storage.connections import connect, value
 from tests.acceptance.conftest import Program, Running, contents
 from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import MakeShards, fill
+from tests.sharded import until
 
 USERS = 300
 INIT_LOCK = 0x5348_4152
@@ -332,6 +333,57 @@ def test_a_stopped_run_goes_on(
     assert done["job"]["state"] == "done"
     shards.assert_clean()
     call("rebalance", "resume", **environment).failed(3, "no unfinished job")
+
+
+def test_a_run_is_paused_from_another_terminal(
+    program: Program, call: Program, start: Callable[..., Running], make_shards: MakeShards
+) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), USERS)
+    environment = {"SHARDKIT_CATALOG": shards.catalog_url}
+    call("rebalance", "pause", **environment).failed(3, "no unfinished job")
+    with Blocker(shards.topology().named("s1").url):
+        running = start("rebalance", "run", "--yes", "--json", **environment)
+        running.wait_for("waits: the replication slot")
+        paused = call("rebalance", "pause", "--json", **environment).ok().document
+        assert (paused["job"]["state"], paused["job"]["paused"], paused["job"]["mover"]) == ("running", True, None)
+        assert paused["next"].startswith("`shardkit rebalance resume` goes on")
+        ended = running.end().failed(5, "Paused between two steps: s1 -> s2 is copying", "rebalance resume")
+        assert ended.document["paused"] is True
+        again = call("rebalance", "pause", **environment).ok().out  # nobody is at work
+        assert "Job 1 (rebalance): running, paused" in again
+        assert "job 1 is paused" in call("doctor", **environment).ok().out
+    done = program("rebalance", "resume", "--json", **environment).ok().document
+    assert (done["job"]["state"], done["job"]["paused"]) == ("done", False)
+    shards.assert_clean()
+
+
+def test_another_process_sees_how_far_it_is(
+    program: Program, call: Program, start: Callable[..., Running], make_shards: MakeShards
+) -> None:
+    shards = make_shards(2)
+    fill(shards.on("s1"), USERS)
+    environment = {"SHARDKIT_CATALOG": shards.catalog_url}
+    running = start("rebalance", "run", "--yes", "--max-rows-per-second", "20", **environment)
+    running.wait_for("Deleting the moved rows")
+
+    def seen() -> Any:
+        (transfer,) = call("rebalance", "status", "--json", **environment).ok().document["job"]["transfers"]
+        assert transfer["phase"] == "purging"
+        return transfer["progress"] if transfer["progress"]["rows"] else None
+
+    reported = until(seen, "rows that are deleted")
+    assert 0 < reported["rows"] < reported["rows_expected"]
+    assert reported["rate"] > 0
+    assert reported["seconds_left"] > 0
+    assert " rows/s, " in call("rebalance", "status", **environment).ok().out
+    running.end(signal.SIGINT).failed(5, "s1 -> s2 is purging")
+    (transfer,) = call("rebalance", "status", "--json", **environment).ok().document["job"]["transfers"]
+    assert transfer["progress"]["rate"] is None
+    limits = ("--max-rows-per-second", "1000000", "--max-wal-retained", "1GB")
+    program("rebalance", "resume", *limits, **environment).ok()
+    shards.assert_clean()
+    call("rebalance", "run", "--max-lag", "7 bananas", **environment).failed(2, "Not a size")
 
 
 def test_an_aborted_run_leaves_everything_as_it_was(

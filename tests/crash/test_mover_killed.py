@@ -22,7 +22,7 @@ locked.ROWS_A_STEP = 100
 with Mover(sys.argv[1], patience=30.0) as mover:
     if mover.catalog.running_job() is None:
         mover.start("rebalance", mode=Mode(sys.argv[2]))
-    mover.run()
+    getattr(mover, sys.argv[3])()
 """
 
 USUAL = [
@@ -50,10 +50,10 @@ LOCKED_REST = [
 ]  # fmt: skip
 
 
-def run_mover(shards: Shards, failpoint: str = "", mode: Mode = Mode.AUTO) -> int:
+def run_mover(shards: Shards, failpoint: str = "", act: str = "run", mode: Mode = Mode.AUTO) -> int:
     environment = {**os.environ, "SHARDKIT_FAILPOINT": failpoint}
     done = subprocess.run(
-        [sys.executable, "-c", MOVER, shards.catalog_url, mode.value],
+        [sys.executable, "-c", MOVER, shards.catalog_url, mode.value, act],
         env=environment,
         capture_output=True,
         text=True,
@@ -64,7 +64,10 @@ def run_mover(shards: Shards, failpoint: str = "", mode: Mode = Mode.AUTO) -> in
     return done.returncode
 
 
-def killed_then_resumed(make_shards: MakeShards, failpoint: str, mode: Mode = Mode.AUTO) -> None:
+def killed_then(
+    make_shards: MakeShards, failpoint: str, *acts: tuple[str, str], mode: Mode = Mode.AUTO
+) -> Shards:
+    """A move that is killed at a point; then the acts, each killed at its point, if it has one."""
     users = 300
     shards = make_shards(1)
     fill(shards.on("s1"), users)
@@ -73,8 +76,9 @@ def killed_then_resumed(make_shards: MakeShards, failpoint: str, mode: Mode = Mo
     for writer in writers:
         writer.start()
     try:
-        assert run_mover(shards, failpoint, mode) == -signal.SIGKILL, f"the mover never passed {failpoint}"
-        assert run_mover(shards) == 0
+        for act, point in (("run", failpoint), *acts):
+            ended = run_mover(shards, point, act, mode)
+            assert ended == (-signal.SIGKILL if point else 0), f"the mover never passed {point}"
     finally:
         for writer in writers:
             writer.ending.set()
@@ -83,28 +87,55 @@ def killed_then_resumed(make_shards: MakeShards, failpoint: str, mode: Mode = Mo
     for writer in writers:
         writer.check()
     shards.assert_clean()
+    return shards
 
 
 @pytest.mark.parametrize("failpoint", USUAL)
 def test_killed_at(make_shards: MakeShards, failpoint: str) -> None:
-    killed_then_resumed(make_shards, failpoint)
+    killed_then(make_shards, failpoint, ("run", ""))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failpoint", REST)
 def test_killed_at_every_other_point(make_shards: MakeShards, failpoint: str) -> None:
-    killed_then_resumed(make_shards, failpoint)
+    killed_then(make_shards, failpoint, ("run", ""))
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "killed", "decided"),
+    [
+        ("cutting over.before decision", "drop.subscription", False),
+        pytest.param("preparing.end", "aborting.begin", False, marks=pytest.mark.slow),
+        pytest.param("copying.published", "aborting.end", False, marks=pytest.mark.slow),
+        pytest.param("copying.slot", "drop.slot", False, marks=pytest.mark.slow),
+        pytest.param("copying.subscribed", "drop.slot", False, marks=pytest.mark.slow),
+        pytest.param("copying.poll", "change.decided", False, marks=pytest.mark.slow),
+        pytest.param("catching up.end", "change.recorded", False, marks=pytest.mark.slow),
+        pytest.param("verifying.end", "aborting.batch", False, marks=pytest.mark.slow),
+        pytest.param("change.decided:2", "purge.batch", True, marks=pytest.mark.slow),
+        pytest.param("cutting over.before opening", "purging.begin", True, marks=pytest.mark.slow),
+    ],
+)
+def test_an_abort_after_a_kill_is_killed_too(
+    make_shards: MakeShards, failpoint: str, killed: str, decided: bool
+) -> None:
+    """Nothing of the copy is left, and the next move is as the first; what was decided is finished instead."""
+    shards = killed_then(make_shards, failpoint, ("abort", killed), ("abort", ""))
+    assert bool(shards.topology().owned(1)) == decided
+    if not decided:
+        shards.move()
+        shards.assert_clean()
 
 
 @pytest.mark.parametrize("failpoint", LOCKED)
 def test_killed_in_locked_steps_at(make_shards: MakeShards, failpoint: str) -> None:
-    killed_then_resumed(make_shards, failpoint, Mode.LOCKED)
+    killed_then(make_shards, failpoint, ("run", ""), mode=Mode.LOCKED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failpoint", LOCKED_REST)
 def test_killed_in_locked_steps_at_every_other_point(make_shards: MakeShards, failpoint: str) -> None:
-    killed_then_resumed(make_shards, failpoint, Mode.LOCKED)
+    killed_then(make_shards, failpoint, ("run", ""), mode=Mode.LOCKED)
 
 
 def test_the_preflight_is_made_again_on_resume(make_shards: MakeShards) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.exc import ProgrammingError
 from shardkit.cli.app import app, run
 from shardkit.cli.bars import facts
 from shardkit.cli.failures import report, scrub, understood
+from shardkit.cli.options import byte_count
 from shardkit.cli.output import count, duration, size, wants_json
 from shardkit.cli.route import KeyFamily, guess, parse
 from shardkit.core.errors import (
@@ -63,6 +64,7 @@ def test_the_commands() -> None:
         "init", "shard add", "shard list", "shard replica", "schema declare", "ids split", "route", "status", "doctor",
         "transactions list", "transactions recover",
         "rebalance plan", "rebalance run", "rebalance status", "rebalance resume", "rebalance abort",
+        "rebalance pause", "rebalance rollback", "rebalance finalize",
     }  # fmt: skip
 
 
@@ -278,3 +280,11 @@ def test_the_facts_of_a_transfer() -> None:
     more = Progress(1, "s1", "s2", Phase.PURGING, rows=3000, rows_expected=2000, lag_bytes=1500)
     assert facts(more).startswith("3,000 rows, ")
     assert facts(more).endswith("1.5 kB behind")
+
+
+def test_sizes_are_read_as_the_server_reads_them() -> None:
+    read = [byte_count(text) for text in ("0", "12", "12B", "8kB", " 512 MB ", "10GB", "1TB", 7)]
+    assert read == [0, 12, 12, 8192, 512 << 20, 10 << 30, 1 << 40, 7]
+    for wrong in ("", "GB", "-1", "1.5GB", "10 gb", "10KB", "1e3", "ten"):
+        with pytest.raises(UsageError, match="Not a size"):
+            byte_count(wrong)

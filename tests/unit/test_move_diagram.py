@@ -11,6 +11,10 @@ from pathlib import Path
 from shardkit.core.move import FINAL, TABLE, Event, Phase, Transition, can_abort
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "how-it-works.md"
+GROUPS = (
+    ("undecided", "before the decision", Phase.ABORTING),
+    ("undecided_back", "before the decision to go back", Phase.STAYING),
+)
 BEGIN, END = "<!-- move diagram: begin -->\n", "<!-- move diagram: end -->\n"
 
 
@@ -22,10 +26,7 @@ def diagram(table: Iterable[Transition]) -> str:
             "```mermaid",
             "stateDiagram-v2",
             f"    [*] --> {_id(rows[0].phase)}",
-            '    state "before the decision" as undecided {',
-            *(f"    {line}" for line in _arrows(row for row in rows if _inside(row))),
-            "    }",
-            f"    undecided --> {_id(Phase.ABORTING)} : {Event.ABORT}",
+            *(line for group in GROUPS for line in _group(rows, *group)),
             *_arrows(row for row in rows if not _inside(row) and not _aborts(row)),
             *(f"    {_id(phase)} --> [*]" for phase in Phase if phase in FINAL),
             "```",
@@ -38,14 +39,30 @@ def diagram(table: Iterable[Transition]) -> str:
     )
 
 
+def _group(rows: list[Transition], name: str, title: str, turned: Phase) -> Iterator[str]:
+    """What can be aborted, and the one arrow for all of it."""
+    yield f'    state "{title}" as {name} {{'
+    yield from (
+        f"    {line}" for line in _arrows(row for row in rows if _inside(row) and _name(row.phase) == name)
+    )
+    yield "    }"
+    yield f"    {name} --> {_id(turned)} : {Event.ABORT}"
+
+
+def _name(phase: Phase) -> str:
+    """The group of a phase that can be aborted."""
+    turned = next(row.next for row in TABLE if (row.phase, row.event) == (phase, Event.ABORT))
+    return next(name for name, _, to in GROUPS if to is turned)
+
+
 def _inside(row: Transition) -> bool:
-    """Whether the transition begins and ends where the source can still keep the arcs."""
+    """Whether the transition begins and ends where the arcs can still stay where they are."""
     return can_abort(row.phase) and can_abort(row.next)
 
 
 def _aborts(row: Transition) -> bool:
-    """Whether the transition is part of the one arrow that leaves from all phases before the decision."""
-    return row.event is Event.ABORT and can_abort(row.phase) and row.next is Phase.ABORTING
+    """Whether the transition is part of the one arrow that leaves from all phases before a decision."""
+    return row.event is Event.ABORT and can_abort(row.phase)
 
 
 def _arrows(rows: Iterable[Transition]) -> Iterator[str]:
@@ -71,7 +88,7 @@ def test_the_document_shows_the_table() -> None:
 def test_every_transition_is_drawn() -> None:
     drawn = diagram(TABLE)
     for row in TABLE:
-        start = "undecided" if _aborts(row) else _id(row.phase)
+        start = _name(row.phase) if _aborts(row) else _id(row.phase)
         assert f"{start} --> {_id(row.next)} : {row.event}\n" in drawn
 
 
