@@ -19,7 +19,6 @@ from shardkit.core.topology import Fence, Shard, Topology
 from . import claims
 from .catalog import Catalog, TransferRow
 from .connections import Connection
-from .topologies import READ_COPY
 
 LOOKS = 100
 PAUSE = 0.05
@@ -35,10 +34,15 @@ _KNOWN = "SELECT version, digest FROM shardkit.topologies WHERE state <> 'imposs
 
 
 @contextmanager
-def still(connection: Connection, *settings: tuple[str, str]) -> Iterator[Connection]:
-    """A transaction that reads one snapshot from its first statement to its last, with settings of its own."""
+def still(
+    connection: Connection, *settings: tuple[str, str], writing: bool = False
+) -> Iterator[Connection]:
+    """A transaction that sees one snapshot from its first statement to its last, with settings of its own; read-only
+    unless it is ``writing``."""
     with connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        if not writing:
+            connection.execute("SET TRANSACTION READ ONLY")
         if settings:
             connection.execute(
                 "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
@@ -57,6 +61,8 @@ class Believed:
     unfinished: tuple[TransferRow, ...]
     """The transfers of the unfinished job; also those that are at their end."""
     job: int | None
+    jobs: int
+    """Number of the latest job."""
     known: frozenset[tuple[int, str]]
     """(version, digest) of every topology that is or was in force, or is proposed."""
 
@@ -89,6 +95,7 @@ def believed(catalog: Catalog) -> Believed | None:
             proposed,
             tuple(catalog.transfers(job.id)) if job is not None else (),
             job.id if job is not None else None,
+            latest.id if (latest := catalog.latest_job()) is not None else 0,
             frozenset((version, digest) for version, digest in connection.execute(_KNOWN)),
         )
 
@@ -131,21 +138,6 @@ def seen(connection: Connection) -> Seen:
             copy = None
         bounds = connection.execute("SELECT bounds FROM shardkit.ownership").fetchone()
         return Seen(claim, fences(connection), version, digest, copy, bounds[0] if bounds else None)
-
-
-def copy_in_force(connection: Connection, shard: Shard) -> Topology | None:
-    """The topology that the caller's snapshot shows to be in force on the shard; None where fence and copy differ.
-
-    A copy is written in the transaction that changes the fence, and rows come and go under marks, so all rows of the
-    same snapshot are to be judged by it.
-    """
-    newest = fences(connection)
-    row = connection.execute(READ_COPY).fetchone()
-    if not newest or row is None:
-        return None
-    copy = Topology.from_json(row[0])
-    mine = copy.by_id.get(shard.id)
-    return copy if mine is not None and mine.fence == newest[-1] else None
 
 
 @dataclass(frozen=True, slots=True)

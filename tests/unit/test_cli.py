@@ -61,6 +61,7 @@ def options(command: Any) -> list[Any]:
 def test_the_commands() -> None:
     assert {*COMMANDS} - {"demo"} == {
         "init", "shard add", "shard list", "shard replica", "schema declare", "ids split", "route", "status", "doctor",
+        "verify",
         "transactions list", "transactions recover",
         "rebalance plan", "rebalance run", "rebalance status", "rebalance resume", "rebalance abort",
     }  # fmt: skip

@@ -1,0 +1,76 @@
+"""`shardkit verify` from outside: what it prints, its exit codes, and the question before anything is removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shardkit.storage.connections import connect
+from tests.acceptance.conftest import Program
+from tests.fix_shards import MakeShards, Shards, fill
+
+
+@pytest.fixture
+def two(make_shards: MakeShards, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Shards:
+    """Two shards of which the first owns everything; their catalog is in the environment."""
+    shards = make_shards(2)
+    fill(shards.on("s1"), 100)
+    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
+    return shards
+
+
+def test_from_right_to_wrong_and_back(two: Shards, call: Program, program: Program) -> None:
+    right = call("verify").ok()
+    assert right.out.endswith("Nothing to do.\n")
+    assert "Right: 300 rows of topology" in right.out
+
+    two.on("s2").execute(
+        "INSERT INTO public.users VALUES (7, 'user 7'), (8, 'another'), (1000, 'nobody knows')"
+    )
+    wrong = call("verify")
+    assert wrong.code == 4
+    assert "WRONG s2, ownership: 3 rows of public.users stand here" in wrong.out
+    for line in (
+        "  public.users id=7, owner s1: the owner has the same row\n",
+        "  public.users id=8, owner s1: the owner's row differs\n",
+        "  public.users id=1000, owner s1: the owner has no such row\n",
+    ):
+        assert line in wrong.out
+
+    call("verify", "--repair").failed(2, "stdin is no terminal", "--yes")
+    assert two.on("s2").execute("SELECT count(*) FROM public.users").fetchone() == (3,)
+
+    repaired = program("verify", "--repair", "--yes", "--json")
+    assert repaired.code == 4
+    assert "To be removed" in repaired.err
+    assert "Removed from s2: 1 rows of public.users" in repaired.err
+    document = repaired.document
+    assert document["repaired"]["removed"] == [
+        "s2: 1 rows of public.users that their owners have just the same"
+    ]
+    assert document["result"] == document["certificate"]["result"] == "wrong"
+    (problem,) = document["problems"]
+    assert (problem["subject"], problem["rows"], problem["repairable"]) == ("s2", 2, False)
+    assert {key["row"]["id"]: key["state"] for key in problem["keys"]} == {8: "differs", 1000: "only here"}
+
+    two.on("s2").execute("DELETE FROM public.users")
+    document = call("verify", "--json").ok().document
+    assert (document["result"], document["repaired"], document["next"]) == ("right", None, None)
+    assert {
+        "result", "certificate", "shards", "references", "homes", "moves", "problems", "undecided", "away",
+        "repaired", "next",
+    } == set(document)  # fmt: skip
+
+
+def test_a_shard_that_does_not_answer(two: Shards, call: Program) -> None:
+    """It is no proof of anything wrong: try again later."""
+    database = two.on("s2").info.dbname
+    two.on("s2").close()
+    with connect(two.fresh_database(1)) as beside:
+        beside.execute(f'ALTER DATABASE "{database}" WITH ALLOW_CONNECTIONS false'.encode())
+        away = call("verify")
+        beside.execute(f'ALTER DATABASE "{database}" WITH ALLOW_CONNECTIONS true'.encode())
+    assert away.code == 5
+    assert "Away: Shard s2 at " in away.out
+    assert "Incomplete: " in away.out
