@@ -28,7 +28,7 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
-    part), ``live`` (see `live.progress`); those not known are null.
+    part), ``certificate`` (of the comparison), ``live`` (see `live.progress`); those not known are null.
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
@@ -67,6 +67,7 @@ def _transfer(
         "rows_purged": row.record.get("rows_purged"),
         "copy_seconds": None if copied is None else round(copied, 3),
         "pause_ms": row.record.get("pause_ms"),
+        "certificate": row.record.get("certificate"),
         "live": progress(catalog, topology, row, shards),
     }
 

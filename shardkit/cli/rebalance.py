@@ -1,4 +1,4 @@
-"""`shardkit rebalance`: plan, run, status, resume, abort."""
+"""`shardkit rebalance`: plan, run, status, resume, abort, certificate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shardkit.rebalance.mover import plan_job
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 
-from . import jobs, plans
+from . import certificates, jobs, plans
 from .asking import confirm, refuse_silence
 from .options import INTERVAL_AT_LEAST, AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
 from .output import next_step, result_console, show
@@ -35,7 +35,7 @@ Interval = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="Give every shard its share of the keys.", no_args_is_help=True)
-    for command in (plan, run, status, resume, abort):
+    for command in (plan, run, status, resume, abort, certificates.certificate):
         group.command(command.__name__)(command)
     app.add_typer(group, name="rebalance")
 

@@ -74,3 +74,39 @@ def test_a_shard_that_does_not_answer(two: Shards, call: Program) -> None:
     assert away.code == 5
     assert "Away: Shard s2 at " in away.out
     assert "Incomplete: " in away.out
+
+
+def test_the_certificates_of_a_move(two: Shards, call: Program) -> None:
+    call("rebalance", "certificate").failed(3, "There was no job yet")
+    call("rebalance", "run", "--yes").ok()
+    document = call("rebalance", "certificate", "--json").ok().document
+    (entry,) = document["certificates"]
+    assert (entry["source"], entry["target"], entry["phase"]) == ("s1", "s2", "done")
+    found = entry["certificate"]
+    assert (found["kind"], found["format"]) == ("move", 1)
+    held = {
+        f"public.{name}": len(two.rows(table)["s2"])
+        for name, table in zip(("posts", "users"), two.tables, strict=True)
+    }
+    assert found["rows"] == held
+    for table, sides in found["digests"].items():
+        assert sides["source"] == sides["target"]
+        assert (sides["source"]["rows"], int(sides["source"]["sum"]) != 0) == (held[table], True)
+    assert found["chunks"] >= 2
+    assert found["rounds"] >= 1
+    assert (found["compared_again"], found["checked_in_cutover"]) == (0, 0)
+    times = [found[name] for name in ("started_at", "verified_at", "checked_at", "decided_at")]
+    assert times == sorted(times)
+    with connect(two.catalog_url) as catalog:
+        known = [list(row) for row in catalog.execute("SELECT version, digest FROM shardkit.topologies")]
+    assert found["decided_by"] in known
+    assert all(taken in known for taken in found["topology"].values())
+    assert found["topology"]["source"][0] < found["decided_by"][0]
+
+    number = str(entry["transfer"])
+    assert call("rebalance", "certificate", number, "--json").ok().document == document
+    shown = call("rebalance", "certificate", number).ok().out
+    assert f"decided {found['decided_at']} by topology {found['decided_by'][0]}" in shown
+    status = call("rebalance", "status", "--json").ok().document
+    assert status["job"]["transfers"][0]["certificate"] == found
+    call("rebalance", "certificate", "4711").failed(3, "There is no transfer 4711")

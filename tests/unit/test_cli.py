@@ -64,6 +64,7 @@ def test_the_commands() -> None:
         "verify",
         "transactions list", "transactions recover",
         "rebalance plan", "rebalance run", "rebalance status", "rebalance resume", "rebalance abort",
+        "rebalance certificate",
     }  # fmt: skip
 
 
