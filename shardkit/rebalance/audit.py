@@ -9,7 +9,6 @@ nothing (`rebalance.repair` does).
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,22 +17,19 @@ from datetime import UTC, datetime
 import psycopg
 
 from shardkit.core.errors import NotInitialised, RetryLater, ShardUnreachable
-from shardkit.core.keyrange import ArcSet
-from shardkit.core.move import FINAL, sentence
+from shardkit.core.move import sentence
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, ShardedTable
-from shardkit.storage import leftovers, references, standing, tables
+from shardkit.storage import references, standing, tables
 from shardkit.storage.catalog import Catalog, TransferRow
 from shardkit.storage.connections import ShardConnections, connect_shard
 from shardkit.storage.sameness import differing
 from shardkit.storage.standing import Believed
 
-from . import ownership
+from . import orphans, ownership
 from .findings import CATALOG, Problem, Report
 from .ownership import Counts, Owners, State, Unjudged
 
 AT_ONCE = 16
-LOOKS = 50
-PAUSE = 0.1
 APPLICATION = "shardkit verify"
 DAMAGED = "Look at the shard's database: it is not as shardkit made it."
 Listener = Callable[[int, int], None]
@@ -65,20 +61,6 @@ def audit(catalog_url: str, listener: Listener = lambda rows, expected: None) ->
         return Audit(catalog, shards, Tally(listener)).run()
 
 
-def unfinished(believed: Believed) -> dict[int, TransferRow]:
-    """The transfers that are under way, or stopped on it, by number."""
-    return {row.id: row for row in believed.unfinished if row.phase not in FINAL}
-
-
-def orphaned_marks(believed: Believed, shard_id: int) -> ArcSet:
-    """Arcs marked in transit on a shard for which no transfer is under way."""
-    arcs = believed.current.by_id[shard_id].in_transit
-    for row in unfinished(believed).values():
-        if shard_id in (row.source, row.target):
-            arcs -= row.arcs
-    return arcs
-
-
 class Audit:
     """One audit at work."""
 
@@ -98,6 +80,7 @@ class Audit:
         for shard in topology.shards:
             with self._asking(shard):
                 self._shards.get(shard)
+        self._catalogued()
         self._ownership()
         for shard in self._there():
             with self._asking(shard):
@@ -113,7 +96,7 @@ class Audit:
                 self._orphans(shard)
         last = self._believed()
         self._marks(last)
-        report.moves = [_move(last, row) for row in unfinished(last).values()]
+        report.moves = [_move(last, row) for row in orphans.unfinished(last).values()]
         self._pending(last)
         report.topologies = (report.topologies[0], (last.current.version, last.current.digest))
         report.finished_at = datetime.now(UTC)
@@ -224,6 +207,16 @@ class Audit:
 
     # --- shards and catalog ----------------------------------------------------------------------------------------
 
+    def _catalogued(self) -> None:
+        current = self._first.current
+        if (current.version, current.digest) not in self._first.known:
+            self._wrong(
+                CATALOG,
+                "copy",
+                f"the content of topology {current.version} is not what its digest says",
+                "It was edited or damaged: restore the catalog; the shards' copies say what it was.",
+            )
+
     def _standing(self, shard: Shard) -> None:
         try:
             for found in standing.examine(self._catalog, shard, self._shards.get(shard)):
@@ -286,41 +279,27 @@ class Audit:
     # --- what moves left -------------------------------------------------------------------------------------------
 
     def _orphans(self, shard: Shard) -> None:
-        connection = self._shards.get(shard)
-        for _ in range(LOOKS):
-            # What a transfer makes is made after it is in the catalog, and gone before it is at its end there: what is
-            # seen before and after the catalog says that nobody has it, nobody has.
-            before = leftovers.things(connection, self._first.cluster)
-            believed = self._believed()
-            left = [thing for thing in before if not in_use(thing, believed)]
-            still_there = {thing.remedy for thing in leftovers.things(connection, self._first.cluster)}
-            if not left or self._believed().jobs == believed.jobs:
-                break
-            time.sleep(PAUSE)
-        else:
+        try:
+            left = orphans.left_on(self._catalog, self._shards.get(shard), self._first.cluster)
+        except orphans.NotSettled:
             self._report.undecided.append(
                 f"Jobs come and go on shard {shard.name}: what they left is not known."
             )
             return
-        finished = finished_transfers(self._catalog, left)
-        for thing in left:
-            if thing.remedy in still_there:
-                self._orphan(shard, thing, removable=is_removable(thing, finished))
-
-    def _orphan(self, shard: Shard, thing: leftovers.Leftover, *, removable: bool) -> None:
-        whose = "another cluster" if thing.foreign else "no unfinished transfer"
-        todo = "`shardkit verify --repair` removes it, by: " if removable else ""
-        self._wrong(
-            shard.name,
-            "leftovers",
-            f"{thing.what} belongs to {whose}",
-            todo + thing.remedy,
-            repairable=removable,
-        )
+        for thing, removable in left:
+            whose = "another cluster" if thing.foreign else "no unfinished transfer"
+            todo = "`shardkit verify --repair` removes it, by: " if removable else ""
+            self._wrong(
+                shard.name,
+                "leftovers",
+                f"{thing.what} belongs to {whose}",
+                todo + thing.remedy,
+                repairable=removable,
+            )
 
     def _marks(self, believed: Believed) -> None:
         for shard in believed.current.shards:
-            if arcs := orphaned_marks(believed, shard.id):
+            if arcs := orphans.marks(believed, shard.id):
                 self._wrong(
                     shard.name, "in transit", f"{len(arcs)} arcs are marked, and no transfer is under way",
                     "`shardkit verify --repair` takes the marks away, once no row is left there. Until then answers "
@@ -337,27 +316,6 @@ class Audit:
                     "`shardkit rebalance resume` settles it.",
                 }
             )  # fmt: skip
-
-
-def in_use(thing: leftovers.Leftover, believed: Believed) -> bool:
-    """Whether a thing of a move belongs to what is under way."""
-    if thing.of_job:
-        return believed.job is not None
-    return not thing.foreign and thing.transfer in unfinished(believed)
-
-
-def is_removable(thing: leftovers.Leftover, finished: set[int]) -> bool:
-    """Whether it is known whose a thing that is left was, so that it can be removed without a question."""
-    return thing.of_job or (thing.transfer in finished and not thing.foreign)
-
-
-def finished_transfers(catalog: Catalog, things: list[leftovers.Leftover]) -> set[int]:
-    """Those of the transfers that things are named after that the catalog knows to be at their end."""
-    rows = catalog.connection.execute(
-        "SELECT id FROM shardkit.transfers WHERE id = ANY(%s) AND phase = ANY(%s)",
-        ([thing.transfer for thing in things], [phase.value for phase in FINAL]),
-    )
-    return {number for (number,) in rows}
 
 
 def _after_strays(states: set[State], more: bool) -> str:

@@ -29,8 +29,8 @@ from shardkit.storage.predicate import relation, within
 from shardkit.storage.purge import leaves
 from shardkit.storage.standing import Believed
 
-from .audit import finished_transfers, in_use, is_removable, orphaned_marks, unfinished
 from .mover import Mover
+from .orphans import finished_transfers, in_use, is_removable, marks, unfinished
 from .ownership import Stray, compared, heap_pieces, strays
 
 ROWS_A_BATCH = 500
@@ -238,7 +238,7 @@ class _Repair:
     # --- marks -----------------------------------------------------------------------------------------------------
 
     def _marks(self, shard: Shard) -> None:
-        arcs = orphaned_marks(self._believed, shard.id)
+        arcs = marks(self._believed, shard.id)
         if not arcs:
             return
         connection = self._shards.get(shard)

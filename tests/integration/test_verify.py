@@ -218,6 +218,15 @@ def test_what_a_shard_says_of_itself(two: Shards, statement: str, found: list[tu
     assert sorted({(problem.subject, problem.check) for problem in report.problems}) == sorted(found)
 
 
+def test_a_catalog_that_was_edited(two: Shards) -> None:
+    with connect(two.catalog_url) as catalog:
+        catalog.execute(
+            "UPDATE shardkit.topologies SET document = jsonb_set(document, '{shards,0,weight}', '1') "
+            "WHERE state = 'current'"
+        )
+    assert ("catalog", "copy", None) in wrong(audit(two.catalog_url))
+
+
 def test_a_pending_change_explains_itself(two: Shards) -> None:
     class Killed(Exception):
         pass
