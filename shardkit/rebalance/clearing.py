@@ -1,4 +1,4 @@
-"""What a transfer takes away again: rows on a shard that does not own them, and the triggers on its source."""
+"""What a transfer takes away again: rows on a shard that does not own them, and its triggers."""
 
 from __future__ import annotations
 
@@ -71,26 +71,28 @@ class Clearing:
                 run.waits.tell(f"the deletion from {table} on shard {shard.name} waits for {blocker}")
                 run.around.pause(0.02)
 
-    def remove_triggers(self) -> None:
-        """Drop the triggers on the source, and what they noted."""
-        run = self._run
+    def remove_triggers(self, shard: Shard) -> None:
+        """Drop the triggers on a side, and what they noted."""
+        run, connection = self._run, self._run.probes.get(shard)
         for index, table in enumerate(run.tables):
-            uninstall = partial(self._uninstall, index, table)
+            if not sourceguard.installed(connection, run.row.id, index):
+                continue  # nobody has to be waited for
+            uninstall = partial(self._uninstall, shard, index, table)
             everybody = inspection.Against.EVERYBODY
-            run.waits.with_lock_retries(
-                f"the trigger on {table}", run.source_shard, uninstall, table, everybody
-            )
-        run.waits.with_lock_retries("a trigger on a former partition", run.source_shard, self._clear)
+            run.waits.with_lock_retries(f"the trigger on {table}", shard, uninstall, table, everybody)
+        run.waits.with_lock_retries(
+            "a trigger on a former partition", shard, partial(self._clear, shard)
+        )
 
-    def _clear(self) -> None:
-        run = self._run
-        with transaction(run.source, *DDL):
-            change.claim(run.source, run.around.token)
-            sourceguard.remove_strays(run.source, run.row.id)
-            sourceguard.clear(run.source, run.row.id)
+    def _clear(self, shard: Shard) -> None:
+        run, connection = self._run, self._run.probes.get(shard)
+        with transaction(connection, *DDL):
+            change.claim(connection, run.around.token)
+            sourceguard.remove_strays(connection, run.row.id)
+            sourceguard.clear(connection, run.row.id)
 
-    def _uninstall(self, index: int, table: ShardedTable) -> None:
-        run = self._run
-        with transaction(run.source, *DDL):
-            change.claim(run.source, run.around.token)
-            sourceguard.remove(run.source, run.row.id, index, table)
+    def _uninstall(self, shard: Shard, index: int, table: ShardedTable) -> None:
+        run, connection = self._run, self._run.probes.get(shard)
+        with transaction(connection, *DDL):
+            change.claim(connection, run.around.token)
+            sourceguard.remove(connection, run.row.id, index, table)

@@ -10,6 +10,7 @@ nobody can write: `remaining_differences`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ Suspect = tuple[int, str]
 NOTES_A_ROUND = 20_000
 ROWS_A_QUERY = 1_000
 ROWS_A_BUCKET = 1_000
+LOOK_AGAIN = (0.1, 0.3, 0.6)
+"""Seconds after which rows that differ are compared again, before it is told."""
 SMALL = 200
 """So many noted rows may be left for the cutover."""
 
@@ -58,7 +61,8 @@ class Verifier:
         """Compare everything; `VerificationFailed` names the rows that differ."""
         self.shapes = self.shapes_now()
         self._compared = [self._compared_of(table) for table in self.tables]
-        sourceguard.forget_changes(self.source, self.transfer, self.token)
+        for side in (self.source, self.target):
+            sourceguard.forget_changes(side, self.transfer, self.token)
         self.suspects.clear()
         self._compared_again = 0
         started_at, topologies = _now(), {"source": _taken(self.source), "target": _taken(self.target)}
@@ -95,7 +99,7 @@ class Verifier:
 
         ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
         """
-        left = self.suspects | set(sourceguard.peek_changes(self.source, self.transfer))
+        left = self.suspects | self._noted()
         differing = self._compare_rows(left, ("statement_timeout", statement_timeout))
         self.certificate |= {"checked_in_cutover": len(left), "checked_at": _now()}
         if differing:
@@ -103,17 +107,35 @@ class Verifier:
 
     def settle_once(self) -> int:
         """Compare what was noted so far; the number of rows noted since, which the caller may want smaller."""
-        noted = self.suspects | set(
-            sourceguard.take_changes(self.source, self.transfer, self.token, NOTES_A_ROUND)
-        )
+        noted = set(self.suspects)
+        for side in (self.source, self.target):
+            noted |= set(sourceguard.take_changes(side, self.transfer, self.token, NOTES_A_ROUND))
         self.wait_replayed()
         differing = self._compare_rows(noted)
         self._compared_again += len(noted)
-        since = set(sourceguard.peek_changes(self.source, self.transfer))
-        if real := differing - since:
+        since = self._noted()
+        if real := self._lasting(differing - since):
             self._fail(real)
         self.suspects = differing
         return len(since | differing)
+
+    def _lasting(self, differing: set[Suspect]) -> set[Suspect]:
+        """Those that still differ after a while: a cascade on the target may be committed before that on the source."""
+        for pause in LOOK_AGAIN:
+            if not differing:
+                break
+            time.sleep(pause)
+            self.wait_replayed()
+            differing = self._compare_rows(differing) - self._noted()
+        return differing
+
+    def _noted(self) -> set[Suspect]:
+        """Rows written since, on the source by applications, on the target by whoever has no business there."""
+        return {
+            suspect
+            for side in (self.source, self.target)
+            for suspect in sourceguard.peek_changes(side, self.transfer)
+        }
 
     def _settle(self, rounds: int = 50) -> int:
         """Rounds until little is left; the number made. A table written faster than it can be compared ends too: the

@@ -110,3 +110,21 @@ def test_the_certificates_of_a_move(two: Shards, call: Program) -> None:
     status = call("rebalance", "status", "--json").ok().document
     assert status["job"]["transfers"][0]["certificate"] == found
     call("rebalance", "certificate", "4711").failed(3, "There is no transfer 4711")
+
+
+def test_a_planted_difference_stops_a_move_with_code_4(two: Shards, program: Program, call: Program) -> None:
+    killed = program("rebalance", "run", "--yes", SHARDKIT_FAILPOINT="catching up.end")
+    assert killed.code == -9
+    two.on("s2").execute("UPDATE public.users SET n = 41 WHERE id = (SELECT min(id) FROM public.users)")
+    (key,) = two.on("s2").execute("SELECT id FROM public.users WHERE n = 41").fetchone() or (0,)
+    stopped = call("rebalance", "resume", "--json").failed(4, f"public.users id={key}", "rebalance resume")
+    assert (stopped.document["error"], stopped.document["keys"]) == (
+        "verification-failed",
+        [f"public.users id={key}"],
+    )
+    assert call("rebalance", "status", "--json").ok().document["job"]["transfers"][0]["phase"] == "verifying"
+    under_way = call("verify", "--json").ok().document
+    assert [move["phase"] for move in under_way["moves"]] == ["verifying"]
+    call("rebalance", "abort").ok()
+    call("verify").ok()
+    two.assert_clean()
