@@ -79,13 +79,14 @@ WHERE ev_class IN (SELECT oid FROM parts) AND ev_type <> '1' AND ev_enabled IN (
 ORDER BY 1
 """
 _UNIQUE = """
-SELECT x.relname, string_agg(a.attname, ', ' ORDER BY k.place)
+SELECT x.relname, string_agg(a.attname, ', ' ORDER BY k.place), i.indisexclusion
 FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
 CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY k (attnum, place)
 LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-WHERE i.indrelid = %(name)s::regclass AND i.indisunique AND NOT i.indisprimary AND k.place <= i.indnkeyatts
+WHERE i.indrelid = %(name)s::regclass AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary
+  AND k.place <= i.indnkeyatts
   AND NOT starts_with(x.relname, %(ours)s)
-GROUP BY i.indexrelid, x.relname
+GROUP BY i.indexrelid, x.relname, i.indisexclusion
 HAVING NOT bool_or(coalesce(a.attname = %(key)s, false))
    AND NOT (count(*) = 1 AND bool_and(coalesce(a.atttypid = 'uuid'::regtype, false)))
 ORDER BY 1
@@ -151,14 +152,15 @@ def eager_triggers(connection: Connection, table: ShardedTable) -> list[str]:
 
 
 def unique_without_key(connection: Connection, table: ShardedTable) -> list[str]:
-    """What the unique constraints and indexes mean, in words, that hold on each shard alone: those without the shard
-    key. Primary keys, and single UUIDs, are not given twice."""
+    """What the unique and exclusion constraints and indexes mean, in words, that hold on each shard alone: those
+    without the shard key. Primary keys, and single UUIDs, are not given twice."""
     name = relation(table).as_string(connection)
     found = connection.execute(_UNIQUE, {"name": name, "key": table.key, "ours": OUR_INDEXES})
     return [
-        f"{index} ({columns or 'an expression'}) of {table} is unique on each shard alone, as {table.key} is not in "
+        f"{index} ({columns or 'an expression'}) of {table} "
+        f"{'excludes rows' if excludes else 'is unique'} on each shard alone, as {table.key} is not in "
         "it; and while rows move, a value of a row that has moved is still taken on its old shard until that is purged"
-        for index, columns in found
+        for index, columns, excludes in found
     ]
 
 
