@@ -76,6 +76,15 @@ def _draw(console: Console, entry: dict[str, Any]) -> None:
     if found is None:
         console.print("Nothing was compared yet.")
         return
+    if "steps" in found:
+        rows = [[name, number] for name, number in found["rows"].items()]
+        console.print(table(("table", "rows"), rows, right=("rows",)))
+        console.print(
+            f"Compared in {count(found['steps'], 'step')}, each while nobody could write; the last one "
+            f"{found.get('checked_at', 'at no known time')}.",
+            soft_wrap=True,
+        )
+        return
     rows = [
         [name, sides["source"]["rows"], sides["source"]["sum"], sides["target"]["sum"]]
         for name, sides in found.get("digests", {}).items()

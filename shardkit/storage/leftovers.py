@@ -62,9 +62,16 @@ _OF_TRANSFERS = (
     WHERE NOT tgisinternal AND tgparentid = 0 AND tgname ~ '^zz_shardkit_'
     """,
     r"""
-    SELECT format('function shardkit.%I', proname), NULL, substring(proname FROM '^note_(\d+)_')::bigint,
+    SELECT format('function shardkit.%I', proname), NULL, substring(proname FROM '^(?:note|stand)_(\d+)_')::bigint,
            format('DROP FUNCTION IF EXISTS shardkit.%I() CASCADE;', proname)
-    FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^note_'
+    FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^(note|stand)_'
+    """,
+    r"""
+    SELECT format('index %I.%I', n.nspname, c.relname), NULL,
+           substring(c.relname FROM '^shardkit_position_(\d+)_')::bigint,
+           format('DROP INDEX CONCURRENTLY IF EXISTS %I.%I;', n.nspname, c.relname)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'i' AND c.relname ~ '^shardkit_position_'
     """,
     r"""
     SELECT format('marker %s', relname), NULL, substring(relname FROM '^mov(?:ing|ed)_(\d+)$')::bigint,

@@ -330,6 +330,9 @@ def plant(shards: Shards, transfer: int, prefix: str) -> None:
         sql.SQL("ALTER TABLE public.users REPLICA IDENTITY FULL"),
         sql.SQL("INSERT INTO shardkit.replica_identity VALUES ('public.users', 'd', NULL)"),
         sql.SQL("CREATE INDEX shardkit_identity_posts ON public.posts (user_id)"),
+        sql.SQL("CREATE INDEX {} ON public.posts (hashint8extended(user_id, 0))").format(
+            sql.Identifier(f"shardkit_position_{transfer}_0_99")
+        ),
     ):
         source.execute(statement)
     target.execute(
@@ -353,9 +356,9 @@ def test_orphans_of_a_finished_transfer_are_removed(two: Shards) -> None:
     report = audit(two.catalog_url)
     plant(two, 1, f"shardkit_{report.cluster.replace('-', '')[:8]}")
     found = wrong(audit(two.catalog_url))
-    assert found == [("s1", "leftovers", None)] * 9 + [("s2", "leftovers", None)]
+    assert found == [("s1", "leftovers", None)] * 10 + [("s2", "leftovers", None)]
     outcome = repair(two.catalog_url)
-    assert (len(outcome.removed), outcome.kept) == (10, [])
+    assert (len(outcome.removed), outcome.kept) == (11, [])
     assert wrong(audit(two.catalog_url)) == []
     two.assert_clean()
 
@@ -365,7 +368,7 @@ def test_orphans_of_an_unknown_transfer_are_named_and_kept(two: Shards) -> None:
     repaired = repair(two.catalog_url)
     assert [text.split(": ")[1].split(" ")[0] for text in repaired.removed] == ["changed", "index"]
     report = audit(two.catalog_url)
-    assert len(report.problems) == len(repaired.kept) == 8
+    assert len(report.problems) == len(repaired.kept) == 9
     assert not any(problem.repairable for problem in report.problems)
     for problem in report.problems:  # what it says to do helps
         for statement in problem.next.split("; "):

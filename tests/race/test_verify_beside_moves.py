@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from shardkit.core.move import Mode
 from shardkit.rebalance import ownership
 from shardkit.rebalance.audit import audit
 from shardkit.rebalance.findings import Report
@@ -15,7 +16,8 @@ from tests.fix_shards import FencedWriter, MakeShards, fill
 USERS = 400
 
 
-def test_no_false_alarm_while_shards_join_and_writers_write(make_shards: MakeShards) -> None:
+@pytest.mark.parametrize("mode", [Mode.LOGICAL, Mode.LOCKED])
+def test_no_false_alarm_while_shards_join_and_writers_write(make_shards: MakeShards, mode: Mode) -> None:
     shards = make_shards(1)
     fill(shards.on("s1"), USERS)
     shards.add("s2", 1)
@@ -35,9 +37,9 @@ def test_no_false_alarm_while_shards_join_and_writers_write(make_shards: MakeSha
     for thread in (*writers, looking):
         thread.start()
     try:
-        shards.move()
+        shards.move(mode)
         shards.add("s3", 2)
-        shards.move()
+        shards.move(mode)
     finally:
         ending.set()
         for writer in writers:
