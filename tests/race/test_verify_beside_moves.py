@@ -10,6 +10,7 @@ from shardkit.core.move import Mode
 from shardkit.rebalance import ownership
 from shardkit.rebalance.audit import audit
 from shardkit.rebalance.findings import Report
+from shardkit.rebalance.mover import Mover
 from shardkit.storage import tables
 from tests.fix_shards import FencedWriter, MakeShards, fill
 
@@ -62,18 +63,21 @@ def test_a_move_between_two_pieces_of_a_table(
     """Each piece is judged by the topology that its own snapshot shows, not by the one that the table began under."""
     monkeypatch.setattr(ownership, "_FIRST_PIECE", 1)
     shards = make_shards(1)
-    fill(shards.on("s1"), USERS)
+    fill(shards.on("s1"), 4 * USERS)
     shards.add("s2", 1)
+    shards.move()
     owned: list[int] = []
 
     def between(rows: int) -> None:
-        owned.append(shards.topology().owned(0).width)
+        owned.append(shards.topology().owned(1).width)
         if len(owned) == 1:
-            shards.move()
+            with Mover(shards.catalog_url) as mover:
+                mover.start("rebalance", {0: 100, 1: 300})
+                mover.run()
 
     table = shards.tables[1]
     found = tables.describe(shards.on("s2"), table)
     assert found is not None
-    counts = ownership.count(shards.on("s1"), shards.topology().named("s1"), table, found, between)
+    counts = ownership.count(shards.on("s2"), shards.topology().named("s2"), table, found, between)
     assert len(set(owned)) == 2, "the table was read in one piece"
-    assert (counts.unowned, counts.strays) == (0, [])
+    assert (counts.unowned, counts.in_transit, counts.strays) == (0, 0, [])
