@@ -16,7 +16,7 @@ from shardkit import __version__
 from shardkit.core.errors import EXIT_OK, EXIT_USAGE
 from shardkit.core.ring import IMPLEMENTATION
 
-from . import doctor, failures, ids, init, rebalance, route, schema, shard, status, transactions
+from . import doctor, failures, ids, init, rebalance, route, schema, shard, status, transactions, verify
 from .options import CATALOG_VARIABLE, JSON_VARIABLE
 from .output import narrate, wants_json, write
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (init, shard, schema, ids, rebalance, transactions, route, status, doctor):
+for module in (init, shard, schema, ids, rebalance, transactions, route, status, doctor, verify):
     module.register(app)
 if find_spec("shardkit.cli.demo") is not None:
     import_module("shardkit.cli.demo").register(app)

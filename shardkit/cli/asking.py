@@ -1,4 +1,4 @@
-"""The question before rows move, or sequences change."""
+"""The question before rows move or go, or sequences change."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-from shardkit.core.errors import ShardkitError, ShardUnreachable
+from shardkit.core.errors import RetryLater, ShardkitError, ShardUnreachable
 from shardkit.core.move import FINAL
 from shardkit.core.placement import plan
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, ShardedTable, Topology
@@ -18,7 +18,6 @@ from shardkit.rebalance import preflight
 from shardkit.rebalance.mover import weights_of
 from shardkit.storage import (
     claims,
-    fence,
     indoubt,
     inspection,
     migrate,
@@ -26,22 +25,22 @@ from shardkit.storage import (
     references,
     replicas,
     servers,
+    standing,
     tables,
 )
 from shardkit.storage.catalog import KEPT_HINT, Catalog
 from shardkit.storage.connections import Connection, value
+from shardkit.storage.leftovers import leftovers
+from shardkit.storage.sameness import differing
 from shardkit.storage.urls import redacted
 
 from . import jobs
-from .leftovers import leftovers
 from .output import count, duration
 from .reach import reach
-from .sameness import differing
 
 CATALOG = "catalog"
 PREPARED_SECONDS = 5.0
 """For so long no transaction that lives is being committed."""
-RESUME = "`shardkit rebalance resume` settles it."
 SPLIT = "`shardkit ids split {}` makes the sequences of all shards disjoint."
 
 
@@ -132,6 +131,8 @@ def _examine_shard(view: View) -> Iterator[Finding]:
     for name, check in CHECKS:
         try:
             yield from check(view)
+        except RetryLater as error:
+            yield Finding(view.shard.name, name, Level.NOTE, error.message, error.hint)
         except psycopg.Error as error:
             text = error.diag.message_primary or " ".join(str(error).split())
             yield view.problem(name, text, "Look at the shard's database: it is not as shardkit made it.")
@@ -168,7 +169,7 @@ def _pending(catalog: Catalog) -> Finding:
     detail = f"topology {proposal.version} is pending"
     if holder is not None:
         return Finding(CATALOG, "change", Level.OK, f"{detail}, made by {holder}")
-    return Finding(CATALOG, "change", Level.PROBLEM, f"{detail}, and nobody is at work", RESUME)
+    return Finding(CATALOG, "change", Level.PROBLEM, f"{detail}, and nobody is at work", standing.RESUME)
 
 
 def _job(catalog: Catalog) -> Finding:
@@ -222,6 +223,9 @@ def _references(topology: Topology, connections: Mapping[int, Connection]) -> It
     for table in topology.references:
         try:
             found = differing(topology, connections, table)
+        except RetryLater as error:
+            yield Finding(CATALOG, "references", Level.NOTE, error.message, error.hint)
+            continue
         except psycopg.Error as error:
             text = error.diag.message_primary or " ".join(str(error).split())
             yield Finding(
@@ -294,57 +298,15 @@ def _identity(view: View) -> Iterator[Finding]:
         yield view.ok("identity", f"shard id {view.shard.id} of this cluster")
 
 
-def _fence(view: View) -> Iterator[Finding]:
-    expected = view.shard.fence
-    names = fence.relations(view.connection)
-    newer = sorted(name for name in names if int(name.split("_")[1]) > expected.version)
-    if expected.relation in names and not newer:
-        older = len(names) - 1
-        yield view.ok("fence", expected.relation + (f", and {older} older beside it" if older else ""))
-    elif view.at_work:
-        yield view.ok("fence", "is being changed by the mover at work")
-    elif newer:
-        yield view.problem(
-            "fence", f"{newer[-1]} is newer than the catalog, which relies on {expected.relation}", RESUME
-        )
-    else:
-        yield view.problem(
-            "fence",
-            f"{', '.join(sorted(names)) or 'none'} is there, but the catalog relies on {expected.relation}",
-            "The shard was restored or failed over to an older state: keep applications away, restore the newer state.",
-        )
-
-
-def _copy(view: View) -> Iterator[Finding]:
-    row = view.connection.execute(
-        "SELECT version, digest FROM shardkit.topology ORDER BY version DESC LIMIT 1"
-    ).fetchone()
-    version, digest = row if row is not None else (0, None)
-    known = value(
-        view.catalog.connection,
-        "SELECT digest FROM shardkit.topologies WHERE version = %s AND state IN ('current', 'past')",
-        (version,),
-    )
-    if view.shard.fence.version <= version <= view.topology.version and digest == known:
-        yield view.ok("copy", f"of topology {version}")
-    elif view.at_work:
-        yield view.ok("copy", "is being changed by the mover at work")
-    elif version < view.shard.fence.version:
-        yield view.problem(
-            "copy",
-            f"of topology {version}, but the shard took part in {view.shard.fence.version}",
-            "The shard was restored or failed over to an older state: keep applications away, restore the newer state.",
-        )
-    elif version > view.topology.version:
-        yield view.problem(
-            "copy", f"of topology {version}, which the catalog does not know as current", RESUME
-        )
-    else:
-        yield view.problem(
-            "copy",
-            f"of topology {version}, which differs from the catalog's",
-            "Shard and catalog were not restored to one state: keep applications away, restore both.",
-        )
+def _standing(view: View) -> Iterator[Finding]:
+    """Its fences, and its copy of the topology."""
+    for found in standing.examine(view.catalog, view.shard, view.connection):
+        if found.check == "identity":
+            continue  # told with more by a check of its own
+        if found.next is None:
+            yield view.ok(found.check, found.detail)
+        else:
+            yield view.problem(found.check, found.detail, found.next)
 
 
 def _in_transit(view: View) -> Iterator[Finding]:
@@ -462,8 +424,7 @@ def _replicas(view: View) -> Iterator[Finding]:
 CHECKS: tuple[tuple[str, Callable[[View], Iterator[Finding]]], ...] = (
     ("server", _server),
     ("identity", _identity),
-    ("fence", _fence),
-    ("copy", _copy),
+    ("fence", _standing),
     ("in transit", _in_transit),
     ("leftovers", _leftovers),
     ("transactions", _transactions),

@@ -34,10 +34,10 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     ``slots_minimum``, ``mover`` (the process at work, or null), ``transfers``: each with ``id``, ``source``,
     ``target``, ``slots``, ``phase``, ``sentence``, ``waiting_for``, ``attempts``, ``last_error``, ``rows_expected``,
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
-    part), ``pause_back_ms`` (of a rollback's), ``progress`` (what the mover reported last of
-    this phase: ``rows``, ``rows_expected``, ``bytes``, ``bytes_expected``, ``rate``, ``seconds_left``, ``lag_bytes``;
-    the last three null unless one is at work), ``live`` (see `live.progress`, asked of the servers now); those not
-    known are null.
+    part), ``pause_back_ms`` (of a rollback's), ``certificate`` (of the comparison), ``progress`` (what the mover
+    reported last of this phase: ``rows``, ``rows_expected``, ``bytes``, ``bytes_expected``, ``rate``,
+    ``seconds_left``, ``lag_bytes``; the last three null unless one is at work), ``live`` (see `live.progress`, asked of the servers now);
+    those not known are null.
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
@@ -83,6 +83,7 @@ def _transfer(
         "pause_ms": row.record.get("pause_ms"),
         "pause_back_ms": row.record.get("pause_back_ms"),
         "progress": _reported(row, at_work),
+        "certificate": row.record.get("certificate"),
         "live": progress(catalog, topology, row, shards),
     }
 

@@ -1,4 +1,4 @@
-"""`shardkit rebalance`: plan, run, status, pause, resume, abort, rollback, finalize."""
+"""`shardkit rebalance`: plan, run, status, pause, resume, abort, rollback, finalize, certificate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shardkit.rebalance.mover import plan_job
 from shardkit.storage.catalog import KEPT_HINT, Catalog
 from shardkit.storage.connections import ShardConnections
 
-from . import jobs, plans
+from . import certificates, jobs, plans
 from .asking import confirm, refuse_silence
 from .options import (
     INTERVAL_AT_LEAST,
@@ -51,7 +51,7 @@ Interval = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="Give every shard its share of the keys.", no_args_is_help=True)
-    for command in (plan, run, status, pause, resume, abort, rollback, finalize):
+    for command in (plan, run, status, pause, resume, abort, rollback, finalize, certificates.certificate):
         group.command(command.__name__)(command)
     app.add_typer(group, name="rebalance")
 

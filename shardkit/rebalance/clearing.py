@@ -94,13 +94,34 @@ class Clearing:
             attended(connection, partial(tables.vacuum, connection, table), lambda: run.around.pause(0))
 
     def remove_triggers(self, shard: Shard) -> None:
-        """Drop the triggers of the transfer on a shard, and what they noted."""
-        run = self._run
+        """Drop the triggers on a side, and what they noted."""
+        run, connection = self._run, self._run.probes.get(shard)
         for index, table in enumerate(run.tables):
+            if not sourceguard.installed(connection, run.row.id, index):
+                continue  # nobody has to be waited for
             uninstall = partial(self._uninstall, shard, index, table)
             everybody = inspection.Against.EVERYBODY
             run.waits.with_lock_retries(f"the trigger on {table}", shard, uninstall, table, everybody)
-        run.waits.with_lock_retries("a trigger on a former partition", shard, partial(self._clear, shard))
+        run.waits.with_lock_retries(
+            "a trigger on a former partition", shard, partial(self._clear, shard)
+        )
+
+    def remove_notes(self, shard: Shard) -> None:
+        """Drop the triggers on a side that only note, and their notes; what is refused there stays refused."""
+        run, connection = self._run, self._run.probes.get(shard)
+        for index, table in enumerate(run.tables):
+            if not sourceguard.installed(connection, run.row.id, index):
+                continue
+            remove = partial(self._remove_notes, shard, index)
+            everybody = inspection.Against.EVERYBODY
+            run.waits.with_lock_retries(f"the trigger on {table}", shard, remove, table, everybody)
+        sourceguard.forget_changes(connection, run.row.id, run.around.token)
+
+    def _remove_notes(self, shard: Shard, index: int) -> None:
+        run, connection = self._run, self._run.probes.get(shard)
+        with transaction(connection, *DDL):
+            change.claim(connection, run.around.token)
+            sourceguard.remove_notes(connection, run.row.id, index)
 
     def _clear(self, shard: Shard) -> None:
         run, connection = self._run, self._run.probes.get(shard)

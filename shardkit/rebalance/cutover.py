@@ -9,6 +9,7 @@ soon is postponed, and nothing has changed.
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -91,6 +92,12 @@ class Cutover:
         if moment == "asked":
             self._moments = {}
         self._moments[moment] = time.perf_counter()
+        if moment == "recorded":
+            topology = self._run.topology()
+            self._verifier.certificate |= {
+                "decided_at": datetime.now(UTC).isoformat(),
+                "decided_by": [topology.version, topology.digest],
+            }
 
     def while_closed(self, source: Connection) -> None:
         """On the publisher, whose fence is locked: `Postponed`, or the subscriber has everything, and the same."""

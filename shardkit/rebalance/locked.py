@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import psycopg
 from psycopg import sql
 
 from shardkit.core.errors import MoveWaiting, VerificationFailed
-from shardkit.core.keyrange import ArcSet
+from shardkit.core.keyrange import ArcSet, hex_position
 from shardkit.core.move import Event, Mode
 from shardkit.core.topology import Shard, ShardedTable
 from shardkit.storage import (
@@ -390,7 +391,14 @@ class LockedCopier:
         run.catalog.note(
             run.row.id,
             steps=steps,
-            certificate={"rows": rows, "steps": steps, "arcs": [list(arc) for arc in run.row.arcs]},
+            certificate={
+                "kind": "move",
+                "format": 1,
+                "arcs": [[hex_position(arc.first), hex_position(arc.last)] for arc in run.row.arcs],
+                "rows": rows,
+                "steps": steps,
+                "checked_at": datetime.now(UTC).isoformat(),
+            },
             pause_ms={"total": round(worst, 2), "median": round(median(pauses or [0.0]), 2)},
             **facts,
         )

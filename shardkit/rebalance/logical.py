@@ -46,6 +46,7 @@ class LogicalCopier:
     def end(self) -> None:
         """End the copy on both sides, so that nothing done to the rows on one reaches the other."""
         self.stream.drop()
+        self._run.clearing.remove_notes(self._run.target_shard)
 
     take_back = end
 
@@ -56,7 +57,7 @@ class LogicalCopier:
     # --- prepare ---------------------------------------------------------------------------------------------------
 
     def prepare(self) -> Event:
-        """Check everything, mark the arcs in transit on the target, stand guard on the source."""
+        """Check everything, mark the arcs in transit on the target, stand guard on the source, watch the target."""
         run = self._run
         topology = run.topology()
         self.end()  # what a copy that begins again left takes slots that it needs
@@ -74,8 +75,9 @@ class LogicalCopier:
             run.patiently_change(lambda now, version: now.marked(version, run.row.target, run.row.arcs))
         run.clearing.delete_rows(run.target_shard)
         for index, table in enumerate(run.tables):
-            install = partial(self._install, index, table)
-            run.waits.with_lock_retries(f"the trigger on {table}", run.source_shard, install, table)
+            for shard in (run.target_shard, run.source_shard):
+                install = partial(self._install, shard, index, table)
+                run.waits.with_lock_retries(f"the trigger on {table}", shard, install, table)
         if run.keeps_source:
             run.way_back.refuse_what_is_not_carried()
         identities = run.identities()
@@ -84,11 +86,16 @@ class LogicalCopier:
         run.catalog.note(run.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
         return Event.PREPARED
 
-    def _install(self, index: int, table: ShardedTable) -> None:
-        run = self._run
-        with transaction(run.source, *DDL):
-            change.claim(run.source, run.around.token)
-            sourceguard.install(run.source, run.row.id, index, table, run.row.arcs)
+    def _install(self, shard: Shard, index: int, table: ShardedTable) -> None:
+        run, connection = self._run, self._run.probes.get(shard)
+        like = tables.describe(run.source, table)
+        assert like is not None
+        with transaction(connection, *DDL):
+            change.claim(connection, run.around.token)
+            if shard is run.source_shard:
+                sourceguard.install(connection, run.row.id, index, table, run.row.arcs)
+            else:
+                sourceguard.watch(connection, run.row.id, index, table, run.row.arcs, like)
 
     def _fit_replica_identity(self, table: ShardedTable, shard: Shard) -> None:
         run = self._run

@@ -10,10 +10,12 @@ import psycopg
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.move import Mode
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import indoubt, inspection, numbering, replication, sequences, servers, tables
+from shardkit.storage import indoubt, inspection, numbering, replication, sequences, servers, tables, traps
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
+DDL_SECONDS = 1.0
+"""Who holds a table for longer, in a way that keeps readers out, is altering it."""
 ALLOW_FSYNC_OFF = "SHARDKIT_ALLOW_FSYNC_OFF"
 """Environment variable that lets servers with fsync=off take part: throw-away ones, of a demo or of tests."""
 
@@ -36,12 +38,17 @@ def check(
     reasons: list[str] = []
     for shard, connection in ((source, here), (target, there)):
         reasons += [f"shard {shard.name}: {reason}" for reason in server_problems(connection)]
-    reasons += [f"shard {source.name}: {reason}" for reason in _doubtful(here)]
+        reasons += [f"shard {shard.name}: {reason}" for reason in _doubtful(connection)]
     if replicated:
         reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
         reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
     for table in topology.tables:
+        altered = [*_altered_now(table, here, source), *_altered_now(table, there, target)]
+        if altered:
+            reasons += altered  # what it is can only be asked when that is over
+            continue
         reasons += _table(topology, table, here, there, source, target)
+        reasons += traps.foreign_keys(here, table, topology)
         if replicated:
             reasons += _unreplicated(table, here, there, source, target)
     if back and replicated:
@@ -57,7 +64,7 @@ def check(
         reasons.append(
             "no table is declared, so nothing would be carried (`shardkit schema declare MODULE:ATTR` declares them)"
         )
-    if replicated and not reasons:
+    if replicated:
         reasons += _reachable(here, there, source, target)
         if back:
             reasons += _reachable(there, here, target, source)
@@ -126,8 +133,8 @@ def server_problems(connection: Connection) -> list[str]:
     return reasons
 
 
-def _doubtful(source: Connection) -> list[str]:
-    doubtful = source.execute(
+def _doubtful(connection: Connection) -> list[str]:
+    doubtful = connection.execute(
         "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY prepared"
     ).fetchall()
     # Those of sessions come and go, and the mover ends what a crash left of them.
@@ -204,6 +211,8 @@ def _table(
     reasons += [f"shard {source.name}: {text}" for text in tables.key_problems(table, mine)]
     if mine is None or other is None:
         return reasons
+    if mine.kind == other.kind == "p":
+        reasons += traps.partitions(here, there, table)
     if value(here, "SELECT 1 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
                    "WHERE i.inhparent = %s::regclass AND NOT c.relispartition", (_name(table, here),)):  # fmt: skip
         reasons.append(f"table {table} has inheritance children, which are not published with it")
@@ -250,6 +259,11 @@ def _unreplicated(
             f"table {table} has no index that begins with {table.key}: the last comparison would read all of it"
         )
     return reasons
+
+
+def _altered_now(table: ShardedTable, connection: Connection, shard: Shard) -> list[str]:
+    by = traps.ddl(connection, table, DDL_SECONDS)
+    return [f"table {table} on {shard.name} is being altered by {by}"] if by else []
 
 
 def _name(table: ShardedTable, connection: Connection) -> str:

@@ -10,15 +10,18 @@ nobody can write: `remaining_differences`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from shardkit.core.errors import VerificationFailed
-from shardkit.core.keyrange import Arc, ArcSet
+from shardkit.core.keyrange import Arc, ArcSet, hex_position
 from shardkit.core.topology import ShardedTable
 from shardkit.storage import digest, sourceguard
 from shardkit.storage.connections import Connection
+from shardkit.storage.digest import Digest
 from shardkit.storage.inspection import shape
 from shardkit.storage.tables import describe
 
@@ -29,6 +32,8 @@ Suspect = tuple[int, str]
 NOTES_A_ROUND = 20_000
 ROWS_A_QUERY = 1_000
 ROWS_A_BUCKET = 1_000
+LOOK_AGAIN = (0.1, 0.3, 0.6)
+"""Seconds after which rows that differ are compared again, before it is told."""
 SMALL = 200
 """So many noted rows may be left for the cutover."""
 
@@ -50,25 +55,36 @@ class Verifier:
     shapes: tuple[str, str] = ("", "")
     """Of the tables on both sides, before anything was compared."""
     _compared: list[digest.Compared] = field(default_factory=list)
+    _compared_again: int = 0
 
     def run(self) -> None:
         """Compare everything; `VerificationFailed` names the rows that differ."""
         self.shapes = self.shapes_now()
         self._compared = [self._compared_of(table) for table in self.tables]
-        sourceguard.forget_changes(self.source, self.transfer, self.token)
+        for side in (self.source, self.target):
+            sourceguard.forget_changes(side, self.transfer, self.token)
         self.suspects.clear()
-        counts: dict[str, int] = {}
-        number_of_chunks = 0
-        for index, table in enumerate(self.tables):
-            rows, pieces = self._compare_chunks(index, table)
-            counts[str(table)] = rows
-            number_of_chunks += pieces
+        self._compared_again = 0
+        started_at, topologies = _now(), {"source": _taken(self.source), "target": _taken(self.target)}
+        compared = {
+            str(table): self._compare_chunks(index, table) for index, table in enumerate(self.tables)
+        }
         rounds = self._settle()
         self.certificate = {
-            "rows": counts,
-            "chunks": number_of_chunks,
+            "kind": "move",
+            "format": 1,
+            "started_at": started_at,
+            "verified_at": _now(),
+            "topology": topologies,
+            "arcs": [[hex_position(arc.first), hex_position(arc.last)] for arc in self.arcs],
+            "rows": {table: mine.rows for table, (mine, _, _) in compared.items()},
+            "digests": {
+                table: {"source": _document(mine), "target": _document(theirs)}
+                for table, (mine, theirs, _) in compared.items()
+            },
+            "chunks": sum(pieces for _, _, pieces in compared.values()),
             "rounds": rounds,
-            "arcs": [list(arc) for arc in self.arcs],
+            "compared_again": self._compared_again,
         }
 
     def shapes_now(self) -> tuple[str, str]:
@@ -83,24 +99,43 @@ class Verifier:
 
         ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
         """
-        left = self.suspects | set(sourceguard.peek_changes(self.source, self.transfer))
+        left = self.suspects | self._noted()
         differing = self._compare_rows(left, ("statement_timeout", statement_timeout))
-        self.certificate["checked_in_cutover"] = len(left)
+        self.certificate |= {"checked_in_cutover": len(left), "checked_at": _now()}
         if differing:
             self._fail(differing)
 
     def settle_once(self) -> int:
         """Compare what was noted so far; the number of rows noted since, which the caller may want smaller."""
-        noted = self.suspects | set(
-            sourceguard.take_changes(self.source, self.transfer, self.token, NOTES_A_ROUND)
-        )
+        noted = set(self.suspects)
+        for side in (self.source, self.target):
+            noted |= set(sourceguard.take_changes(side, self.transfer, self.token, NOTES_A_ROUND))
         self.wait_replayed()
         differing = self._compare_rows(noted)
-        since = set(sourceguard.peek_changes(self.source, self.transfer))
-        if real := differing - since:
+        self._compared_again += len(noted)
+        since = self._noted()
+        if real := self._lasting(differing - since):
             self._fail(real)
         self.suspects = differing
         return len(since | differing)
+
+    def _lasting(self, differing: set[Suspect]) -> set[Suspect]:
+        """Those that still differ after a while: a cascade on the target may be committed before that on the source."""
+        for pause in LOOK_AGAIN:
+            if not differing:
+                break
+            time.sleep(pause)
+            self.wait_replayed()
+            differing = self._compare_rows(differing) - self._noted()
+        return differing
+
+    def _noted(self) -> set[Suspect]:
+        """Rows written since, on the source by applications, on the target by whoever has no business there."""
+        return {
+            suspect
+            for side in (self.source, self.target)
+            for suspect in sourceguard.peek_changes(side, self.transfer)
+        }
 
     def _settle(self, rounds: int = 50) -> int:
         """Rounds until little is left; the number made. A table written faster than it can be compared ends too: the
@@ -116,7 +151,8 @@ class Verifier:
         types = {column.name: column.type for column in found.columns}
         return digest.Compared(found.row_identity(table.key), tuple(types), types)
 
-    def _compare_chunks(self, index: int, table: ShardedTable) -> tuple[int, int]:
+    def _compare_chunks(self, index: int, table: ShardedTable) -> tuple[Digest, Digest, int]:
+        """The digests of both sides, in all chunks together, and the number of chunks."""
         found = describe(self.source, table)
         pieces = digest.chunks(self.arcs, found.rows_estimate if found else 0)
         columns = self._compared[index].columns
@@ -128,9 +164,9 @@ class Verifier:
             if mine.get(place) != theirs.get(place):
                 held = max(found[place].rows for found in (mine, theirs) if place in found)
                 self.suspects |= {(index, row) for row in self._differing_rows(index, pieces[place], held)}
-        rows = sum(part.rows for part in mine.values())
-        self.on_rows(rows)
-        return rows, len(pieces)
+        ours = _total(mine)
+        self.on_rows(ours.rows)
+        return ours, _total(theirs), len(pieces)
 
     def _differing_rows(self, index: int, piece: Arc, held: int) -> set[str]:
         """Which rows of a chunk differ. A large key makes a large chunk: only what differs is brought here."""
@@ -176,5 +212,26 @@ class Verifier:
         return f"{self.tables[index]} {shown}"
 
 
-def _differing(mine: Mapping[T, digest.Digest], theirs: Mapping[T, digest.Digest]) -> set[T]:
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _taken(connection: Connection) -> list[Any]:
+    """Version and digest of the topology that a shard took last."""
+    row = connection.execute(
+        "SELECT version, digest FROM shardkit.topology ORDER BY version DESC LIMIT 1"
+    ).fetchone()
+    return list(row) if row is not None else []
+
+
+def _total(parts: Mapping[int, Digest]) -> Digest:
+    return Digest(sum(part.rows for part in parts.values()), sum(part.sum for part in parts.values()))
+
+
+def _document(found: Digest) -> dict[str, Any]:
+    # As text: it is larger than what every reader of JSON takes for a number.
+    return {"rows": found.rows, "sum": str(found.sum)}
+
+
+def _differing(mine: Mapping[T, Digest], theirs: Mapping[T, Digest]) -> set[T]:
     return {what for what in mine.keys() | theirs.keys() if mine.get(what) != theirs.get(what)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shardkit.core.errors import MoverSuperseded, RollbackImpossible
 from shardkit.core.move import Event, Mode
 from shardkit.core.topology import ShardedTable
-from shardkit.storage import change, inspection, openings, replication, sourceguard
+from shardkit.storage import change, openings, replication, sourceguard
 from shardkit.storage.connections import transaction
 
 from . import preflight
@@ -168,18 +168,9 @@ class WayBack:
         run.settle()
         if self.decided():
             return Event.DECIDED
-        for index, table in enumerate(run.tables):
-            everybody = inspection.Against.EVERYBODY
-            remove = partial(self._remove_notes, index)
-            run.waits.with_lock_retries(f"the trigger on {table}", run.target_shard, remove, table, everybody)
+        run.clearing.remove_notes(run.target_shard)
         with transaction(run.target, *DDL):
             change.claim(run.target, run.around.token)
             sourceguard.clear(run.target, run.row.id)
         self.stream.attend(False)
         return Event.UNDONE
-
-    def _remove_notes(self, index: int) -> None:
-        run = self._run
-        with transaction(run.target, *DDL):
-            change.claim(run.target, run.around.token)
-            sourceguard.remove_notes(run.target, run.row.id, index)

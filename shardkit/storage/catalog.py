@@ -348,10 +348,15 @@ class Catalog:
         return [_transfer(row) for row in rows]
 
     def transfer(self, transfer_id: int) -> TransferRow:
-        """One transfer."""
+        """One transfer, which is there."""
+        found = self.find_transfer(transfer_id)
+        assert found is not None
+        return found
+
+    def find_transfer(self, transfer_id: int) -> TransferRow | None:
+        """One transfer; None if there is none of this number."""
         row = self.connection.execute(_TRANSFERS.format("id"), (transfer_id,)).fetchone()
-        assert row is not None
-        return _transfer(row)
+        return _transfer(row) if row is not None else None
 
     def enter(self, transfer: TransferRow, phase: Phase, sentence: str) -> None:
         """Persist the next phase of a transfer."""

@@ -44,6 +44,13 @@ class Digest(NamedTuple):
     sum: int
 
 
+class Text(NamedTuple):
+    """Number of rows and the SHA-256 of their text."""
+
+    rows: int
+    sha256: str
+
+
 class Compared(NamedTuple):
     """What of a table is compared: the columns that say which row it is, all columns, and their types."""
 
@@ -69,9 +76,12 @@ def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
     return pieces
 
 
+def _columns(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in names)
+
+
 def _row_digest(columns: Sequence[str]) -> sql.Composed:
-    names = sql.SQL(", ").join(sql.SQL("t.{}").format(sql.Identifier(name)) for name in columns)
-    return sql.SQL("sum(hashtextextended(ROW({})::text, 0))").format(names)
+    return sql.SQL("sum(hashtextextended(ROW({})::text, 0))").format(_columns(columns))
 
 
 def of_table(connection: Connection, table: DeclaredTable, columns: Sequence[str]) -> Digest:
@@ -152,27 +162,55 @@ def by_row(
     connection: Connection, table: ShardedTable, compared: Compared, rows: Sequence[str]
 ) -> dict[str, Digest]:
     """Digest of each of these rows (see `identity_text`) that is there; by an index, where `BY_INDEX` is set."""
+    query = sql.SQL("SELECT {row}, count(*), {digest} FROM {table} AS t JOIN {wanted} ON {alike} GROUP BY 1").format(
+        row=identity_text(compared.identity, _ROW),
+        digest=_row_digest(compared.columns),
+        table=relation(table),
+        **_wanted(compared, rows),
+    )
+    return {row: Digest(found, int(total)) for row, found, total in connection.execute(query)}
+
+
+def texts_by_row(
+    connection: Connection, table: ShardedTable, compared: Compared, rows: Sequence[str]
+) -> dict[str, Text]:
+    """As `by_row`, with a digest that nobody can find another row for: enough to delete one of two rows by."""
+    query = sql.SQL(
+        "SELECT s.row, count(*), encode(sha256(string_agg(s.hash, ''::bytea ORDER BY s.hash)), 'hex') FROM ("
+        "SELECT {row} AS row, sha256(convert_to(ROW({columns})::text, 'UTF8')) AS hash "
+        "FROM {table} AS t JOIN {wanted} ON {alike}) AS s GROUP BY 1"
+    ).format(
+        row=identity_text(compared.identity, _ROW),
+        columns=_columns(compared.columns),
+        table=relation(table),
+        **_wanted(compared, rows),
+    )
+    return {row: Text(found, hashed) for row, found, hashed in connection.execute(query)}
+
+
+def delete_rows(table: ShardedTable, compared: Compared, rows: Sequence[str]) -> sql.Composed:
+    """The statement that deletes these rows (see `identity_text`)."""
+    return sql.SQL("DELETE FROM {table} AS t USING {wanted} WHERE {alike}").format(
+        table=relation(table), **_wanted(compared, rows)
+    )
+
+
+def _wanted(compared: Compared, rows: Sequence[str]) -> dict[str, sql.Composable]:
+    """Rows as a set that can be joined with the table ``t``, and the condition of that join."""
     named = sql.SQL(", ").join(
         # As the server itself writes the type.
         sql.SQL("{} {}").format(sql.Identifier(name), sql.SQL(compared.types[name]))
         for name in compared.identity
     )
-    alike = sql.SQL(" AND ").join(
-        sql.SQL("t.{0} = w.{0}").format(sql.Identifier(name)) for name in compared.identity
-    )
-    query = sql.SQL(
-        "SELECT {row}, count(*), {digest} FROM pg_catalog.jsonb_to_recordset({rows}::jsonb) AS w ({named}) "
-        "JOIN {table} AS t ON {alike} GROUP BY 1"
-    ).format(
-        row=identity_text(compared.identity, _ROW),
-        digest=_row_digest(compared.columns),
+    return {
         # A literal and no parameter, beside which a percent sign in a name would be taken for another one.
-        rows=sql.Literal("[" + ",".join(rows) + "]"),
-        named=named,
-        table=relation(table),
-        alike=alike,
-    )
-    return {row: Digest(found, int(total)) for row, found, total in connection.execute(query)}
+        "wanted": sql.SQL("pg_catalog.jsonb_to_recordset({rows}::jsonb) AS w ({named})").format(
+            rows=sql.Literal("[" + ",".join(rows) + "]"), named=named
+        ),
+        "alike": sql.SQL(" AND ").join(
+            sql.SQL("t.{0} = w.{0}").format(sql.Identifier(name)) for name in compared.identity
+        ),
+    }
 
 
 def _bucket(compared: Compared, buckets: int) -> sql.Composed:

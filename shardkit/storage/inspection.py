@@ -31,12 +31,14 @@ SELECT md5(string_agg(fact, E'\n' ORDER BY fact)) FROM (
     FROM tree t LEFT JOIN pg_class c ON c.oid = t.oid
     UNION ALL
     SELECT concat_ws(' ', a.attrelid, a.attnum, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.attgenerated,
-                     a.attisdropped)
+                     a.attisdropped, a.attidentity, pg_get_expr(d.adbin, d.adrelid))
     FROM tree t JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     UNION ALL
     -- With xmin: one that was off for a while has missed writes.
     SELECT concat_ws(' ', g.oid, g.tgenabled, g.xmin) FROM tree t JOIN pg_trigger g ON g.tgrelid = t.oid
-    WHERE g.tgname ~ %(triggers)s
+    -- Not those of other transfers, which come and go; one of the application's may alter rows that arrive.
+    WHERE g.tgname ~ %(triggers)s OR NOT starts_with(g.tgname, 'zz_shardkit_')
 ) AS facts (fact)
 """
 _UNLOGGED = """
@@ -77,13 +79,14 @@ WHERE ev_class IN (SELECT oid FROM parts) AND ev_type <> '1' AND ev_enabled IN (
 ORDER BY 1
 """
 _UNIQUE = """
-SELECT x.relname, string_agg(a.attname, ', ' ORDER BY k.place)
+SELECT x.relname, string_agg(a.attname, ', ' ORDER BY k.place), i.indisexclusion
 FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid
 CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY k (attnum, place)
 LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-WHERE i.indrelid = %(name)s::regclass AND i.indisunique AND NOT i.indisprimary AND k.place <= i.indnkeyatts
+WHERE i.indrelid = %(name)s::regclass AND (i.indisunique OR i.indisexclusion) AND NOT i.indisprimary
+  AND k.place <= i.indnkeyatts
   AND NOT starts_with(x.relname, %(ours)s)
-GROUP BY i.indexrelid, x.relname
+GROUP BY i.indexrelid, x.relname, i.indisexclusion
 HAVING NOT bool_or(coalesce(a.attname = %(key)s, false))
    AND NOT (count(*) = 1 AND bool_and(coalesce(a.atttypid = 'uuid'::regtype, false)))
 ORDER BY 1
@@ -118,7 +121,7 @@ def parts(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
 
 
 def shape(connection: Connection, sharded: Sequence[ShardedTable], transfer: int) -> str:
-    """What DDL changes of the tables, a TRUNCATE included, and of the triggers of a transfer on them: two that are
+    """What DDL changes of the tables, a TRUNCATE included, and of the triggers on them: two that are
     equal say that nothing of the kind was committed between. Rewriting a table (VACUUM FULL, CLUSTER) changes it too.
     """
     names = [relation(table).as_string(connection) for table in sharded]
@@ -149,14 +152,15 @@ def eager_triggers(connection: Connection, table: ShardedTable) -> list[str]:
 
 
 def unique_without_key(connection: Connection, table: ShardedTable) -> list[str]:
-    """What the unique constraints and indexes mean, in words, that hold on each shard alone: those without the shard
-    key. Primary keys, and single UUIDs, are not given twice."""
+    """What the unique and exclusion constraints and indexes mean, in words, that hold on each shard alone: those
+    without the shard key. Primary keys, and single UUIDs, are not given twice."""
     name = relation(table).as_string(connection)
     found = connection.execute(_UNIQUE, {"name": name, "key": table.key, "ours": OUR_INDEXES})
     return [
-        f"{index} ({columns or 'an expression'}) of {table} is unique on each shard alone, as {table.key} is not in "
+        f"{index} ({columns or 'an expression'}) of {table} "
+        f"{'excludes rows' if excludes else 'is unique'} on each shard alone, as {table.key} is not in "
         "it; and while rows move, a value of a row that has moved is still taken on its old shard until that is purged"
-        for index, columns in found
+        for index, columns, excludes in found
     ]
 
 

@@ -1,4 +1,4 @@
-"""The triggers that stand on the source's tables from PREPARE to DONE.
+"""The triggers that stand on the source's tables from PREPARE to DONE, and on the target's until the decision.
 
 They refuse what logical replication cannot carry (TRUNCATE, an UPDATE that changes a row's position), note which
 moving rows are written, so that the last comparison before the decision looks at those alone, and, from the
@@ -7,8 +7,10 @@ advisory lock to the end of its transaction, for which the decision waits: a tra
 otherwise commit a write after the last comparison. They are ordinary triggers: a purge, and
 the apply of replicated changes, run with session_replication_role = replica and pass them by.
 
-A target whose source is to be kept has the refusals (`install_refusals`) from PREPARE on as well: what it does with
-the moved rows goes back by replication. Its notes begin with a rollback, or they would pile up while nobody looks.
+On the target they only note: rows arrive there by replication, which passes them by, so whoever fires one goes round
+the session, or a cascade does on both sides; the comparison tells which. A target whose source is to be kept has the
+refusals (`install_refusals`) from PREPARE on as well: what it does with the moved rows goes back by replication. From
+its opening to a rollback it notes nothing, or notes would pile up while nobody looks.
 
 What a REPEATABLE READ transaction reads is as old as its snapshot, ``shardkit.moved`` included. So it is refused as by
 a fence: it locks an empty relation by a name which the decision renames, and names are looked up as they are now.
@@ -99,6 +101,19 @@ END
 """)
 
 
+_WATCHING = sql.SQL("""
+BEGIN
+    IF TG_OP <> 'INSERT' AND NOT shardkit.owned(OLD.{key}) THEN
+        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, {before});
+    END IF;
+    IF TG_OP <> 'DELETE' AND NOT shardkit.owned(NEW.{key}) THEN
+        INSERT INTO shardkit.changed VALUES ({transfer}, {index}, {after});
+    END IF;
+    RETURN NULL;
+END
+""")
+
+
 def _text_form(found: Table, identity: Sequence[str]) -> sql.Composable:
     """Settings for a function that notes rows, where the text of which row it is depends on those of its caller."""
     types = {column.base for column in found.columns if column.name in identity}
@@ -122,7 +137,6 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
     install_refusals(source, transfer, table)
     if installed(source, transfer, index):
         return
-    function = _function(transfer, index)
     found = describe(source, table)
     assert found is not None
     identity = found.row_identity(table.key)
@@ -135,24 +149,7 @@ def install(source: Connection, transfer: int, index: int, table: ShardedTable, 
         moving=_marker(transfer, "moving"),
     )
     source.execute(sql.SQL("CREATE TABLE IF NOT EXISTS {} ()").format(_marker(transfer, "moving")))
-    # Definer: the application's role may write its tables and not ours.
-    source.execute(
-        sql.SQL(
-            "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
-            "SET search_path = pg_catalog, pg_temp {} AS {}"
-        ).format(function, _text_form(found, identity), sql.Literal(body.as_string(source)))
-    )
-    old, new = within(table, arcs, "OLD"), within(table, arcs, "NEW")
-    for what, event, condition in (
-        ("insert", sql.SQL("INSERT"), new),
-        ("update", sql.SQL("UPDATE"), sql.SQL("{} OR {}").format(old, new)),
-        ("delete", sql.SQL("DELETE"), old),
-    ):
-        source.execute(
-            sql.SQL("CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW WHEN ({}) EXECUTE FUNCTION {}()").format(
-                _trigger(transfer, what), event, relation(table), condition, function
-            )
-        )
+    _note(source, transfer, index, table, arcs, body, _text_form(found, identity))
 
 
 def install_refusals(source: Connection, transfer: int, table: ShardedTable) -> None:
@@ -179,6 +176,57 @@ def _refuses(source: Connection, transfer: int, table: ShardedTable) -> bool:
     query = "SELECT 1 FROM pg_trigger WHERE tgrelid = %s::regclass AND tgname = %s"
     name = relation(table).as_string(source)
     return value(source, query, (name, _trigger_name(transfer, "rekey"))) is not None
+
+
+def watch(
+    target: Connection, transfer: int, index: int, table: ShardedTable, arcs: ArcSet, like: Table
+) -> None:
+    """Make the triggers that note who else writes arriving rows of one table of the target; else as `install`.
+
+    ``like`` is the source's table: which row it is has to read as it does there.
+    """
+    if installed(target, transfer, index):
+        return
+    identity = like.row_identity(table.key)
+    body = _WATCHING.format(
+        key=sql.Identifier(table.key),
+        transfer=sql.Literal(transfer),
+        index=sql.Literal(index),
+        before=identity_text(identity, sql.SQL("OLD")),
+        after=identity_text(identity, sql.SQL("NEW")),
+    )
+    _note(target, transfer, index, table, arcs, body, _text_form(like, identity))
+
+
+def _note(
+    connection: Connection,
+    transfer: int,
+    index: int,
+    table: ShardedTable,
+    arcs: ArcSet,
+    body: sql.Composed,
+    text_form: sql.Composable,
+) -> None:
+    """Make the function, and the triggers that call it for rows of ``arcs``."""
+    function = _function(transfer, index)
+    # Definer: the application's role may write its tables and not ours.
+    connection.execute(
+        sql.SQL(
+            "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER "
+            "SET search_path = pg_catalog, pg_temp {} AS {}"
+        ).format(function, text_form, sql.Literal(body.as_string(connection)))
+    )
+    old, new = within(table, arcs, "OLD"), within(table, arcs, "NEW")
+    for what, event, condition in (
+        ("insert", sql.SQL("INSERT"), new),
+        ("update", sql.SQL("UPDATE"), sql.SQL("{} OR {}").format(old, new)),
+        ("delete", sql.SQL("DELETE"), old),
+    ):
+        connection.execute(
+            sql.SQL("CREATE TRIGGER {} AFTER {} ON {} FOR EACH ROW WHEN ({}) EXECUTE FUNCTION {}()").format(
+                _trigger(transfer, what), event, relation(table), condition, function
+            )
+        )
 
 
 def remove(source: Connection, transfer: int, index: int, table: ShardedTable) -> None:

@@ -62,9 +62,11 @@ def options(command: Any) -> list[Any]:
 def test_the_commands() -> None:
     assert {*COMMANDS} - {"demo"} == {
         "init", "shard add", "shard list", "shard replica", "schema declare", "ids split", "route", "status", "doctor",
+        "verify",
         "transactions list", "transactions recover",
         "rebalance plan", "rebalance run", "rebalance status", "rebalance resume", "rebalance abort",
         "rebalance pause", "rebalance rollback", "rebalance finalize",
+        "rebalance certificate",
     }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""What unfinished moves leave on a shard, found by name, each with the statement that removes it."""
+"""What unfinished moves leave on a shard, found by name, each with the statement that removes it.
+
+The doctor and the audit ask for them; a repair removes them by the very statements that the operator was shown.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,26 @@ from uuid import UUID
 
 from psycopg import sql
 
-from shardkit.storage.connections import Connection
+from .change import claim
+from .connections import SHORT, Connection, transaction
+
+_REMOVING = (*SHORT, ("lock_timeout", "50ms"), ("synchronous_commit", "on"))
+"""As in a cutover: so long, at most, applications queue behind DDL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A thing that belongs to no unfinished transfer, and the SQL that removes it."""
+    """A thing of a move, and the SQL that removes it.
+
+    ``transfer`` is the transfer that it is named after; None for what a whole job makes, or where the name tells none.
+    ``foreign`` says that it bears the name of another cluster.
+    """
 
     what: str
     remedy: str
+    transfer: int | None
+    foreign: bool
+    of_job: bool = False
 
 
 # Each returns: what it is, the first digits of the cluster's id or null, the transfer's id or null, the remedy.
@@ -44,18 +58,25 @@ _OF_TRANSFERS = (
     r"""
     SELECT format('trigger %I on %I.%I', tgname, n.nspname, c.relname), NULL,
            substring(tgname FROM '^zz_shardkit_(\d+)_')::bigint,
-           format('DROP TRIGGER %I ON %I.%I;', tgname, n.nspname, c.relname)
+           format('DROP TRIGGER IF EXISTS %I ON %I.%I;', tgname, n.nspname, c.relname)
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE NOT tgisinternal AND tgparentid = 0 AND tgname ~ '^zz_shardkit_'
     """,
     r"""
-    SELECT format('function shardkit.%I', proname), NULL, substring(proname FROM '^note_(\d+)_')::bigint,
-           format('DROP FUNCTION shardkit.%I() CASCADE;', proname)
-    FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^note_'
+    SELECT format('function shardkit.%I', proname), NULL, substring(proname FROM '^(?:note|stand)_(\d+)_')::bigint,
+           format('DROP FUNCTION IF EXISTS shardkit.%I() CASCADE;', proname)
+    FROM pg_proc WHERE pronamespace = 'shardkit'::regnamespace AND proname ~ '^(note|stand)_'
+    """,
+    r"""
+    SELECT format('index %I.%I', n.nspname, c.relname), NULL,
+           substring(c.relname FROM '^shardkit_position_(\d+)_')::bigint,
+           format('DROP INDEX CONCURRENTLY IF EXISTS %I.%I;', n.nspname, c.relname)
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'i' AND c.relname ~ '^shardkit_position_'
     """,
     r"""
     SELECT format('marker %s', relname), NULL, substring(relname FROM '^mov(?:ing|ed)_(\d+)$')::bigint,
-           format('DROP TABLE shardkit.%I;', relname)
+           format('DROP TABLE IF EXISTS shardkit.%I;', relname)
     FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^mov(ing|ed)_\d+$'
     """,
     """
@@ -86,21 +107,49 @@ _OF_JOBS = (
     FROM shardkit.replica_identity
     """,
     r"""
-    SELECT format('index %I.%I', n.nspname, c.relname), format('DROP INDEX CONCURRENTLY %I.%I;', n.nspname, c.relname)
+    SELECT format('index %I.%I', n.nspname, c.relname),
+           format('DROP INDEX CONCURRENTLY IF EXISTS %I.%I;', n.nspname, c.relname)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('i', 'I') AND c.relname ~ '^shardkit_identity_'
     """,
 )
 
 
-def leftovers(connection: Connection, cluster: UUID, running: Collection[int]) -> list[Leftover]:
-    """What is left on a shard; ``running`` are the ids of the transfers that may have things there."""
+def things(connection: Connection, cluster: UUID) -> list[Leftover]:
+    """Everything of moves that is on a shard, whether it has to be there or not."""
     found = [
-        Leftover(what, remedy)
+        Leftover(what, remedy, transfer, digits not in (None, cluster.hex[:8]))
         for query in _OF_TRANSFERS
         for what, digits, transfer, remedy in connection.execute(sql.SQL(query))
-        if transfer not in running or digits not in (None, cluster.hex[:8])
     ]
-    if not running:
-        found += [Leftover(*row) for query in _OF_JOBS for row in connection.execute(sql.SQL(query))]
+    found += [
+        Leftover(what, remedy, None, foreign=False, of_job=True)
+        for query in _OF_JOBS
+        for what, remedy in connection.execute(sql.SQL(query))
+    ]
     return found
+
+
+def leftovers(connection: Connection, cluster: UUID, running: Collection[int]) -> list[Leftover]:
+    """What is left on a shard; ``running`` are the ids of the transfers that may have things there."""
+    return [thing for thing in things(connection, cluster) if not _is_in_use(thing, running)]
+
+
+def _is_in_use(thing: Leftover, running: Collection[int]) -> bool:
+    return bool(running) if thing.of_job else thing.transfer in running and not thing.foreign
+
+
+def remove(connection: Connection, left: Leftover, token: int) -> None:
+    """Remove it; one attempt, and none at what is gone.
+
+    ``psycopg.errors.LockNotAvailable`` where a table is in use, ``ObjectInUse`` where a slot is.
+    """
+    statement = left.remedy.encode()  # made by the server, with every name quoted
+    if not left.remedy.startswith("DROP INDEX CONCURRENTLY"):
+        with transaction(connection, *_REMOVING):
+            claim(connection, token)
+            connection.execute(statement)
+        return
+    with transaction(connection, *SHORT):
+        claim(connection, token)
+    connection.execute(statement)
