@@ -48,17 +48,6 @@ def drop_subscription(turn: Turn) -> Moves:
 def drop_slot(turn: Turn) -> Moves:
     source = turn.transfer.source
     if Rule.SLOT_LOCK in turn.rules and turn.shard(source).maker not in (0, turn.token):
-        # The token is written first, so that the maker is the last one.
-        found = turn.claim(source)
-        state = turn.shard(source)
-        if found == "superseded":
-            yield turn.stopped(f"a newer token on {source}")
-        elif found is None and state.now.token < turn.token:
-            world = turn.commit(source, state.now, locker=state.locker)
-            yield (
-                f"{turn.name} waits for the maker of the slot on {source}",
-                turn.with_thread(turn.thread, world),
-            )
         return
     yield from step_on(turn, source, "drops the slot", _with_slot(turn, turn.shard(source).now, None))
 
