@@ -67,8 +67,36 @@ PROGRAMS: dict[Action, tuple[Step, ...]] = {
 }
 
 
-def program(action: Action, rules: frozenset[Rule]) -> tuple[Step, ...]:
+LOCKED: dict[Action, tuple[Step, ...]] = {
+    Action.PREPARE: (
+        ("mark", "before"),
+        ("delete", "target"),
+        ("triggers", "on"),
+        ("enter", Event.PREPARED),
+    ),
+    Action.COPY: (("settle", changes.OWN), ("step",), ("enter", Event.DECIDED)),
+    Action.PURGE: (
+        ("delete", "source"),
+        ("triggers", "off"),
+        ("apply", "unmark source"),
+        ("enter", Event.PURGED),
+    ),
+    Action.UNDO: (
+        ("claim source",),
+        ("settle", changes.OWN),
+        ("unless decided",),
+        ("unmark target",),
+        ("triggers", "off"),
+        ("enter", Event.UNDONE),
+    ),
+}
+"""Where the copier of the locked mode does something else."""
+
+
+def program(action: Action, rules: frozenset[Rule], *, locked: bool = False) -> tuple[Step, ...]:
     """The steps of an action under the rules."""
+    if locked and action in LOCKED:
+        return LOCKED[action]
     steps = PROGRAMS[action]
     if action is Action.PURGE and Rule.DROP_BEFORE_PURGE not in rules:
         drops: tuple[Step, ...] = (("drop subscription",), ("drop slot",))
@@ -84,7 +112,7 @@ def act(turn: Turn) -> Moves:
     if turn.thread.phase in FINAL:
         yield f"{turn.name} finds nothing to do", turn.go()
         return
-    steps = program(ACTIONS[turn.thread.phase], turn.rules)
+    steps = program(ACTIONS[turn.thread.phase], turn.rules, locked=turn.scenario.locked)
     yield from turn.at_once(*steps)
 
 
@@ -113,6 +141,8 @@ STEPS: Mapping[str, Callable[..., Moves]] = {
     "open": changes.open_,
     "record": changes.record,
     "replayed": deciding.replayed,
+    "step": deciding.step,
+    "carry": deciding.carry,
     "decide": deciding.decide,
     "drop subscription": copying.drop_subscription,
     "drop slot": copying.drop_slot,

@@ -131,7 +131,8 @@ def close(turn: Turn, change: int, current: int, shard: int, kind: str) -> Moves
         return
     if kind == "cut over":
         world = turn.commit(shard, state.now, locker=turn.token)
-        then = (("replayed", shard), ("decide", change, shard))
+        first = "carry" if turn.scenario.locked else "replayed"
+        then = ((first, shard), ("decide", change, shard))
         yield f"{turn.name} locks {shard}", turn.go(world, *then)
     else:
         world = turn.commit(shard, renamed(turn, state.now, change, shard))

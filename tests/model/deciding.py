@@ -5,10 +5,10 @@ from __future__ import annotations
 from shardkit.core.move import Event
 
 from . import changes, topologies
-from .copying import same, slot_of, step_on, subscription_of
+from .copying import guarded, same, slot_of, step_on, subscription_of
 from .rules import Rule
 from .turn import Moves, Turn
-from .world import Step
+from .world import Step, replaced
 
 
 def mark(turn: Turn, when: str) -> Moves:
@@ -68,6 +68,32 @@ def replayed(turn: Turn, shard: int) -> Moves:
         yield f"{turn.name} postpones, as nothing is replicated", turn.again()
     elif not slot:
         yield f"{turn.name} sees that all is applied", turn.go()
+
+
+def step(turn: Turn) -> Moves:
+    """The one step of a locked transfer: clear what an interrupted one left, copy and decide, delete."""
+    if turn.owned_by(turn.transfer.target):
+        yield from turn.at_once(("delete", "source"))
+    elif Rule.LOCKED_COPY in turn.rules:
+        yield from turn.at_once(("delete", "target"), ("apply", "cut over"), ("delete", "source"))
+    else:
+        early: Step = ("carry", turn.transfer.source)
+        yield from turn.at_once(("delete", "target"), early, ("apply", "cut over"), ("delete", "source"))
+
+
+def carry(turn: Turn, shard: int) -> Moves:
+    """While the source is locked: copy its row, in a transaction of the target that is behind its newest fence."""
+    if Rule.LOCKED_COPY not in turn.rules and turn.shard(shard).locker == turn.token:
+        yield from turn.at_once()
+        return
+    if Rule.LOCKED_COPY in turn.rules and turn.shard(shard).locker != turn.token:
+        yield f"{turn.name} lost its session on {shard}", turn.again()
+        return
+    target, key_range = turn.transfer.target, turn.transfer.key_range
+    if not guarded(turn, target):
+        return
+    row, now = turn.shard(shard).now.rows[key_range], turn.shard(target).now
+    yield from step_on(turn, target, f"copies {row}", now._replace(rows=replaced(now.rows, key_range, row)))
 
 
 def decide(turn: Turn, change: int, shard: int) -> Moves:

@@ -29,6 +29,7 @@ class Rule(StrEnum):
     EXPECTED_NAME = "a fence of another name, or a newer one than the change makes, stops the change"
     SLOT_LOCK = "who drops a slot waits for who makes it"
     WAIT_FOR_REPLAY = "the decision waits until the target has applied everything"
+    LOCKED_COPY = "without replication, rows are copied while the source is locked"
     COMPARE = "rows are compared before the decision"
     DISABLE_AT_OPENING = "the opening disables the subscription"
     DROP_BEFORE_PURGE = "subscription and slot go before the purge's deletes"

@@ -32,6 +32,7 @@ WHOLE = (
     ),
     Scenario("the target fails over", apps=WRITER, standbys=TARGET, budget=Budget(failovers=1)),
     Scenario("the catalog is restored", apps=WRITER, budget=Budget(catalog_losses=1), must_end=False),
+    Scenario("locked steps", locked=True, apps=WRITER, budget=Budget(movers=1, aborts=1)),
     Scenario(
         "two transfers of one source", transfers=(Transfer(0, 1, 0), Transfer(0, 2, 1)), shards=3, apps=WRITER
     ),
@@ -46,6 +47,7 @@ DEEP = (
         apps=((1, ("write", "scatter")), (1, ("beside write", "beside old"))),
         budget=Budget(movers=1, aborts=1),
     ),
+    Scenario("locked steps, servers crash", locked=True, apps=WRITER, budget=Budget(movers=2, crashes=1)),
     Scenario("two writers", apps=((2, ("write",)), (1, ("write", "scatter"))), budget=Budget(movers=1)),
     Scenario(
         "after a move that was aborted, two movers",
@@ -59,13 +61,13 @@ DEEP = (
         "the source fails over, two movers",
         apps=((1, ("write", "beside write")),),
         standbys=SOURCE,
-        budget=Budget(failovers=1, movers=1, aborts=1),
+        budget=Budget(failovers=1, movers=1),
     ),
     Scenario(
         "the target fails over, two movers",
         apps=WRITER,
         standbys=TARGET,
-        budget=Budget(failovers=1, movers=1, aborts=1),
+        budget=Budget(failovers=1, movers=1),
     ),
     Scenario(
         "the catalog is restored, two movers",
@@ -149,6 +151,7 @@ MUTANTS = (
         (Rule.SLOT_LOCK,), Scenario("late slots", budget=Budget(movers=1, aborts=1)), "a slot is left on 0"
     ),
     Mutant((Rule.WAIT_FOR_REPLAY,), _ONE_APP, "shard 1 has 0 where 1 was acknowledged"),
+    Mutant((Rule.LOCKED_COPY,), replace(_ONE_APP, locked=True), "shard 1 has 0 where 1 was acknowledged"),
     Mutant((Rule.COMPARE,), Scenario("changed", budget=Budget(planted=1), must_end=False), "shard 1 has 99"),
     Mutant((Rule.DISABLE_AT_OPENING, Rule.DROP_BEFORE_PURGE), _ONE_APP, "finds no row on 1"),
     Mutant(

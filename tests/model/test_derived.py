@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 
@@ -12,12 +12,13 @@ from shardkit.core.move import ACTIONS, TABLE, Action, Event, Phase, can_abort
 from . import actions
 from .explorer import explore
 from .protocol import Protocol
-from .rules import ALL
+from .rules import ALL, Rule
 from .scenarios import SOURCE, WRITER
 from .world import Budget, Scenario, World
 
 JOURNEYS = (
     Scenario("moves and aborts", budget=Budget(movers=1, aborts=1, postponements=1)),
+    Scenario("locked steps", locked=True),
     Scenario("servers change", apps=WRITER, standbys=SOURCE, budget=Budget(failovers=1)),
 )
 
@@ -42,13 +43,14 @@ def test_every_action_has_its_steps() -> None:
 
 
 def test_every_step_is_one_that_the_model_can_take() -> None:
-    assert {step[0] for step in chain.from_iterable(actions.PROGRAMS.values())} <= actions.STEPS.keys()
+    programs = (*actions.PROGRAMS.values(), *actions.LOCKED.values())
+    assert {step[0] for step in chain.from_iterable(programs)} <= actions.STEPS.keys()
 
 
 @pytest.mark.parametrize("phase", ACTIONS)
 def test_an_action_ends_with_an_event_that_the_table_has_for_its_phase(phase: Phase) -> None:
-    for rules in (ALL, frozenset[str]()):
-        last = actions.program(ACTIONS[phase], rules)[-1]  # type: ignore[arg-type]
+    for rules, locked in product((ALL, frozenset[Rule]()), (False, True)):
+        last = actions.program(ACTIONS[phase], rules, locked=locked)[-1]
         assert last[0] == "enter"
         assert (phase, Event(str(last[1]))) in {(row.phase, row.event) for row in TABLE}
 

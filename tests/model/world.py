@@ -141,6 +141,8 @@ class Scenario:
     budget: Budget = Budget()  # noqa: RUF009 (a tuple: it cannot change)
     standbys: frozenset[int] = frozenset()
     """Shards whose standby lags behind what movers commit there."""
+    locked: bool = False
+    """Without logical replication: the range passes in one step under the fence."""
     history: bool = False
     """Begin after a move of range 0 that was aborted, its names not yet drained."""
     begins: Phase | None = None

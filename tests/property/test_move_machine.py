@@ -137,8 +137,10 @@ class Moves(RuleBasedStateMachine):
         found = self.awake(data)
         if found is None or ACTIONS.get(found[3]) not in QUIET:
             return
-        mover, number, _, phase = found
-        events = [row.event for row in TABLE if row.phase is phase and row.event is not Event.ABORT]
+        mover, number, transfer, phase = found
+        # Copying in locked steps ends in the decision, which is a change of the topology.
+        others = {Event.ABORT} if self.decided(transfer) else {Event.ABORT, Event.DECIDED}
+        events = [row.event for row in TABLE if row.phase is phase and row.event not in others]
         self.enter(mover, number, phase, data.draw(st.sampled_from(events)))
 
     @rule(data=st.data())
