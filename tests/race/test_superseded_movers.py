@@ -99,13 +99,13 @@ def test_a_slot_that_a_superseded_mover_makes_late_does_not_stay(
         dropped: list[bool] = []
 
         def sleeping(connection: Connection, name: str) -> None:
-            dropped.append(newer.copier.stream.drop_slot())
+            dropped.append(stream(newer).drop_slot())
             create_slot(connection, name)
 
         monkeypatch.setattr(replication, "create_slot", sleeping)
         with suppress(MoverSuperseded):
-            run.copier.stream.create_slot()
-        while not newer.copier.stream.drop_slot():
+            stream(run).create_slot()
+        while not stream(newer).drop_slot():
             pass
     assert dropped == [False], "nobody waited for the slot"
     assert not replication.slot_exists(shards.on("s1"), run.name)
