@@ -36,8 +36,8 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     ``rows_moved`` (compared by content), ``rows_purged``, ``copy_seconds``, ``pause_ms`` (of the cutover, whole and by
     part), ``pause_back_ms`` (of a rollback's), ``certificate`` (of the comparison), ``progress`` (what the mover
     reported last of this phase: ``rows``, ``rows_expected``, ``bytes``, ``bytes_expected``, ``rate``,
-    ``seconds_left``, ``lag_bytes``; the last three null unless one is at work), ``live`` (see `live.progress`, asked of the servers now);
-    those not known are null.
+    ``seconds_left``, ``lag_bytes``; the last three null unless one is at work), ``live`` (see `live.progress`, asked of
+    the servers now); those not known are null.
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards

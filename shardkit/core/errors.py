@@ -329,6 +329,14 @@ class ShardBehind(Refused):
     """
 
 
+class CatalogBehind(Refused):
+    """The catalog holds an older topology than a shard.
+
+    It was restored or failed over to an older state: start no mover, bring it to its newest state, and run
+    `shardkit doctor`.
+    """
+
+
 class IdentityConflict(Refused):
     """Two shards returned rows of one primary key.
 

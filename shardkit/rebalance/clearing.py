@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.core.errors import MoverSuperseded
+from shardkit.core.errors import CatalogBehind, MoverSuperseded
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable
 from shardkit.storage import change, inspection, openings, purge, replication, sourceguard, tables
@@ -40,10 +41,12 @@ class Clearing:
     def _delete_from(self, connection: Connection, shard: Shard, table: ShardedTable, arcs: ArcSet) -> int:
         run = self._run
         topology = run.topology()
+        deadline = time.monotonic() + run.around.patience
         done = 0
 
         def on_batch(rows: int) -> None:
-            nonlocal done
+            nonlocal deadline, done
+            deadline = time.monotonic() + run.around.patience
             done += rows
             run.track.update(rows=run.track.now.rows + rows)
             failpoint(f"{run.row.phase.value}.batch")
@@ -65,8 +68,14 @@ class Clearing:
                     rows_per_second=run.limits.rows_per_second,
                 )
                 return done
-            except psycopg.errors.UndefinedTable:
-                # Another transfer changed this shard's fence; look again under what is in force now.
+            except (psycopg.errors.UndefinedTable, purge.NewerFence):
+                # Another transfer changes this shard's fence; look again under what is in force then.
+                if time.monotonic() > deadline:
+                    raise CatalogBehind(
+                        f"Shard {shard.name} has not the fence {in_force.relation} of the catalog's topology, or a "
+                        "newer one. Nothing was deleted there.",
+                        shard=shard.name,
+                    ) from None
                 topology = run.topology()
                 run.around.pause(0.02)
             except psycopg.errors.LockNotAvailable:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 
-from shardkit.core.errors import MoveWaiting, VerificationFailed
+from shardkit.core.errors import CatalogBehind, MoveWaiting, VerificationFailed
 from shardkit.core.keyrange import ArcSet, hex_position
 from shardkit.core.move import Event, Mode
 from shardkit.core.topology import Shard, ShardedTable
@@ -271,7 +271,8 @@ class LockedCopier:
         )
         with transaction(taking, *_RECEIVING):
             change.claim(taking, run.around.token)
-            fence.guard(taking, run.topology().by_id[taker.id].fence)
+            if not fence.guard_newest(taking, run.topology().by_id[taker.id].fence):
+                raise CatalogBehind(shard=taker.name)
             inspection.lock_shape(taking, run.tables)
             if inspection.shape(taking, run.tables, run.row.id) != taker_shape:
                 raise MoveWaiting("A table was altered during the step.")
@@ -343,7 +344,7 @@ class LockedCopier:
                         run.probes.get(giver), table, piece, token=run.around.token, in_force=in_force
                     )
                     break
-                except psycopg.errors.UndefinedTable:
+                except (psycopg.errors.UndefinedTable, purge.NewerFence):
                     run.around.pause(0.02)  # another transfer changed this shard's fence
                 except psycopg.errors.LockNotAvailable:
                     blocker = replication.oldest_writer(run.probes.get(giver)) or "a session that locks it"

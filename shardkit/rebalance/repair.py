@@ -20,7 +20,7 @@ from functools import partial
 import psycopg
 from psycopg import sql
 
-from shardkit.core.errors import MoveWaiting
+from shardkit.core.errors import CatalogBehind, MoveWaiting
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable, Topology
 from shardkit.storage import change, digest, fence, leftovers, standing, tables
@@ -206,7 +206,8 @@ class _Repair:
         # In one snapshot: what is deleted is what was compared, or the server refuses.
         with standing.still(connection, *_DELETING, writing=True):
             change.claim(connection, self._token)
-            fence.guard(connection, shard.fence)
+            if not fence.guard_newest(connection, shard.fence):
+                raise CatalogBehind(shard=shard.name)
             mine = digest.texts_by_row(connection, table, what, [each.row for each in batch])
             theirs = self._at_owners(table, found, batch)
             same = [row for row, text in mine.items() if theirs.get(row) == text]

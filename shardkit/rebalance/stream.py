@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.core.errors import MoveWaiting, ReplicationFailed, WalBudgetExceeded
+from shardkit.core.errors import CatalogBehind, MoveWaiting, ReplicationFailed, WalBudgetExceeded
 from shardkit.core.topology import Shard
 from shardkit.storage import change, fence, replication
 from shardkit.storage.attended import attended
@@ -113,7 +113,9 @@ class Stream:
     def _subscribe(self, create: Callable[[Connection, str, str], None]) -> None:
         with self._around.changing, transaction(self.subscriber, *change.OPENING):
             change.claim(self.subscriber, self._around.token)
-            fence.guard(self.subscriber, self._run.topology().by_id[self.subscriber_shard.id].fence)
+            in_force = self._run.topology().by_id[self.subscriber_shard.id].fence
+            if not fence.guard_newest(self.subscriber, in_force):
+                raise CatalogBehind(shard=self.subscriber_shard.name)
             create(self.subscriber, self.name, replication.peer_conninfo(self.publisher))
         self._pass("subscribed")
 
@@ -135,15 +137,23 @@ class Stream:
                     look()
                     self._around.pause(POLL)
                 continue
-            replication.drop_slot(self.publisher, self.name)
             # On a connection of its own: it may take as long as the longest transaction that writes now.
             connection = self._run.shards.get(self.publisher_shard)
-            with suppress(psycopg.errors.DuplicateObject):
-                attended(
-                    connection,
-                    partial(replication.create_slot, connection, self.name),
-                    self._waits.looking_after(what, self.publisher_shard, connection.info.backend_pid),
-                )
+            with replication.slot_lock(connection, self.name) as mine:
+                if mine:
+                    self._make_slot(connection, what)
+            if not mine:
+                self._around.pause(POLL)
+
+    def _make_slot(self, connection: Connection, what: str) -> None:
+        self._claim_publisher()  # again, under the lock: whoever came later drops what is made here, or stops it
+        replication.drop_slot(self.publisher, self.name)
+        with suppress(psycopg.errors.DuplicateObject):
+            attended(
+                connection,
+                partial(replication.create_slot, connection, self.name),
+                self._waits.looking_after(what, self.publisher_shard, connection.info.backend_pid),
+            )
 
     def _claim_publisher(self) -> None:
         with transaction(self.publisher, *PATIENT):
@@ -295,6 +305,9 @@ class Stream:
 
     def drop_slot(self) -> bool:
         """Drop the slot unless somebody uses it; whether it is gone."""
-        with transaction(self.publisher, *SHORT):
-            change.claim(self.publisher, self._around.token)
-            return replication.drop_slot(self.publisher, self.name)
+        with replication.slot_lock(self.publisher, self.name) as mine:
+            if not mine:
+                return False
+            with transaction(self.publisher, *SHORT):
+                change.claim(self.publisher, self._around.token)
+                return replication.drop_slot(self.publisher, self.name)

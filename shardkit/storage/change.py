@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import psycopg
 
-from shardkit.core.errors import MoverSuperseded, MoveWaiting, ShardBehind
+from shardkit.core.errors import CatalogBehind, MoverSuperseded, MoveWaiting, ShardBehind
 from shardkit.core.topology import Topology
 
 from . import fence, indoubt
@@ -169,6 +169,13 @@ def _close(
                         raise ShardBehind(
                             f"Shard {shard.name} has the fence {found}, but the catalog relies on "
                             f"{shard.fence.relation}.",
+                            shard=shard.name,
+                        )
+                    if fence.newest(names) > proposal.version:
+                        # A catalog that was restored gives numbers out again, and then even names can be the same.
+                        raise CatalogBehind(
+                            f"Shard {shard.name} has a fence of topology {fence.newest(names)}, but the catalog makes "
+                            f"{proposal.version}.",
                             shard=shard.name,
                         )
                     if while_closed is not None:

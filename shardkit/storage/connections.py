@@ -89,7 +89,9 @@ def connect_shard(url: str, name: str, **extra: Any) -> Connection:
     except psycopg.OperationalError as error:
         where = f"Shard {name} at {redacted(url)}"
         if _is_refusal(error):
-            raise ShardAccessRefused(f"{where} does not let us in: {_first_line(error)}", shard=name) from error
+            raise ShardAccessRefused(
+                f"{where} does not let us in: {_first_line(error)}", shard=name
+            ) from error
         raise ShardUnreachable(f"{where} does not answer: {_first_line(error)}", shard=name) from error
 
 
@@ -139,7 +141,9 @@ def _is_refusal(error: psycopg.OperationalError) -> bool:
     """Whether a server answered and will answer the same tomorrow: no such database or role, a wrong password."""
     # libpq gives no SQLSTATE for a connection that was never made. Of a server that speaks another language only
     # the missing password is known, and the rest counts as unreachable.
-    return (error.pgconn is not None and error.pgconn.needs_password) or _REFUSALS.search(str(error)) is not None
+    return (error.pgconn is not None and error.pgconn.needs_password) or _REFUSALS.search(
+        str(error)
+    ) is not None
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ Every function here works inside a transaction of the caller, who has written th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -62,6 +63,21 @@ def relations(connection: Connection) -> set[str]:
 def guard(connection: Connection, fence: Fence) -> None:
     """Take the guard as an application does; ``psycopg.errors.UndefinedTable`` if the topology is not current."""
     connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(_qualified(fence.relation)))
+
+
+def newest(names: Iterable[str]) -> int:
+    """The highest version among fence relations."""
+    return max((int(name.split("_")[1]) for name in names), default=0)
+
+
+def guard_newest(connection: Connection, fence: Fence) -> bool:
+    """Take the guard, as `guard`; whether the shard has no newer fence beside it.
+
+    An opened shard keeps its older names for a while. Who goes by the catalog's topology and deletes rows must not be
+    let through by one of those.
+    """
+    guard(connection, fence)
+    return newest(relations(connection)) <= fence.version
 
 
 def lock_all(connection: Connection) -> set[str]:

@@ -65,7 +65,9 @@ def check_join(
     for shard in current.shards if current is not None else ():
         shards.get(shard)
     if current is not None:
-        resumed = claims.read(newcomer) is not None  # of this cluster, and rows of reference tables may be there
+        resumed = (
+            claims.read(newcomer) is not None
+        )  # of this cluster, and rows of reference tables may be there
         _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
         idjoin.check_join(current, shards, newcomer, _next_id(current), name)
     return _joined(current, catalog.next_version(), name, without_password(url), weight)

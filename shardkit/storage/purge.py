@@ -35,6 +35,10 @@ WHERE p.isleaf AND c.relkind = 'r'
 """
 
 
+class NewerFence(Exception):
+    """The shard has taken a newer topology than the one whose guard was asked for."""
+
+
 def leaves(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
     """The heaps of a table: itself, or its partitions."""
     name = sql.Identifier(table.schema, table.name).as_string(connection)
@@ -48,7 +52,8 @@ def delete_few(
     """Delete every row of ``arcs`` in one statement, by an index on the position; otherwise as `delete_arcs`."""
     with transaction(connection, *_SETTINGS, ("enable_seqscan", "off")):
         claim(connection, token)
-        fences.guard(connection, in_force)
+        if not fences.guard_newest(connection, in_force):
+            raise NewerFence
         return connection.execute(
             sql.SQL("DELETE FROM {} WHERE {}").format(relation(table), within(table, arcs))
         ).rowcount
@@ -69,9 +74,9 @@ def delete_arcs(
     """Delete every row of ``arcs``; the number deleted.
 
     Each batch writes the mover's token and takes the guard of ``in_force``, the fence of a topology under which this
-    shard does not own the arcs; where it is no longer there, ``psycopg.errors.UndefinedTable`` passes through.
-    Batches run for ``share`` of the time, at most, and delete ``rows_per_second``, on average; a small limit makes
-    small batches.
+    shard does not own the arcs; where it is no longer there, ``psycopg.errors.UndefinedTable`` passes through, and
+    where a newer one stands beside it, `NewerFence` is raised. Batches run for ``share`` of the time, at most, and
+    delete ``rows_per_second``, on average; a small limit makes small batches.
     """
     deleted = 0
     for leaf in leaves(connection, table):
@@ -85,7 +90,8 @@ def delete_arcs(
             started = time.monotonic()
             with transaction(connection, *_SETTINGS):
                 claim(connection, token)
-                fences.guard(connection, in_force)
+                if not fences.guard_newest(connection, in_force):
+                    raise NewerFence
                 gone = connection.execute(
                     sql.SQL("DELETE FROM ONLY {} WHERE ctid >= {}::tid AND ctid < {}::tid AND {}").format(
                         leaf,

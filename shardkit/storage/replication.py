@@ -7,7 +7,8 @@ server. Every function looks before it acts, so that each can be run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psycopg
@@ -20,6 +21,8 @@ from shardkit.core.topology import ShardedTable
 from .connections import Connection, value
 from .predicate import relation, within
 
+SLOT_LOCK = 0x736C6F74
+"""First key of the advisory locks that makers and droppers of slots hold, a hash of the slot's name the second."""
 _PEER_PARAMETERS = (
     "host",
     "hostaddr",
@@ -170,6 +173,24 @@ def drop_slot(source: Connection, name: str) -> bool:
     except psycopg.errors.ObjectInUse:
         return False
     return True
+
+
+@contextmanager
+def slot_lock(source: Connection, name: str) -> Iterator[bool]:
+    """Hold what whoever makes or drops this slot holds; False if another has it.
+
+    A slot is made in no transaction that has written, so not in one with the mover's token. With this lock around
+    both, nobody makes a slot between the token and the drop of whoever came later.
+    """
+    lock = (SLOT_LOCK, name)
+    if not value(source, "SELECT pg_try_advisory_lock(%s, hashtext(%s))", lock):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with suppress(psycopg.OperationalError):  # the session is gone, and its locks are
+            source.execute("SELECT pg_advisory_unlock(%s, hashtext(%s))", lock)
 
 
 def blocker(connection: Connection, pid: int | None) -> str | None:

@@ -131,7 +131,10 @@ def test_of_several_inits_at_once_one_makes_the_catalog(catalog: str, start: Cal
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (INIT_LOCK,))
         running = [start("init", "--json") for _ in range(3)]
         with connect(catalog) as watcher:
-            while value(watcher, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") < 3:
+            while (
+                value(watcher, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+                < 3
+            ):
                 assert all(one.process.poll() is None for one in running)
     made = [one.end().ok().document for one in running]
     assert sorted(document["created"] for document in made) == [False, False, True]

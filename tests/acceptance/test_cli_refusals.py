@@ -166,7 +166,9 @@ def test_logical_moves_from_a_server_below_wal_level_logical(
             3, "wal_level is not logical", "ALTER SYSTEM SET wal_level", "--mode locked"
         )
     shown = call("shard", "add", "s2", other, "--plan-only").ok()
-    assert "rows leave shard s1 in locked steps, as its wal_level is not logical" in " ".join(shown.out.split())
+    assert "rows leave shard s1 in locked steps, as its wal_level is not logical" in " ".join(
+        shown.out.split()
+    )
     moved = call("shard", "add", "s2", other, "--yes", "--json").ok().document
     assert [transfer["phase"] for transfer in moved["job"]["transfers"]] == ["done"]
 

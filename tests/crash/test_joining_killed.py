@@ -148,7 +148,10 @@ def test_the_same_command_goes_on_where_the_change_proves_impossible(
 
 
 def test_a_joining_that_waited_in_vain_is_told_from_a_shard(
-    one: Shards, fresh_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    one: Shards,
+    fresh_database: FreshDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def waited(*args: object, **options: object) -> None:
         raise MoveWaiting("The fence of shard s1 could not be had.")

@@ -249,7 +249,9 @@ def test_an_interrupted_join_can_be_run_again(make_shards: MakeShards, fresh_dat
         current = catalog.current()
         assert current is not None
         with connect(url) as connection:
-            connection.execute("INSERT INTO shardkit.shard VALUES (true, %s, 1, 's2')", (catalog.cluster_id(),))
+            connection.execute(
+                "INSERT INTO shardkit.shard VALUES (true, %s, 1, 's2')", (catalog.cluster_id(),)
+            )
         interrupted = current.joined(catalog.next_version(), shard_id=1, name="s2", url=url, weight=100)
         catalog.propose(interrupted)
     with pytest.raises(AlreadyShard, match="a shard of this catalog already"):

@@ -139,9 +139,7 @@ def test_sequences_that_cannot_go_on_on_the_target(
     shards: Shards, ours: str, theirs: str, last: int, reason: str | None
 ) -> None:
     for name, options in (("s1", ours), ("s2", theirs)):
-        shards.on(name).execute(
-            sql.SQL("CREATE SEQUENCE public.numbers {}").format(sql.SQL(options))
-        )
+        shards.on(name).execute(sql.SQL("CREATE SEQUENCE public.numbers {}").format(sql.SQL(options)))
     on_both(shards, "ALTER TABLE public.things ALTER COLUMN id SET DEFAULT nextval('public.numbers')")
     shards.on("s1").execute("SELECT setval('public.numbers', %s)", (last,))
     found = reasons(shards)

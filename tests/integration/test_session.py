@@ -452,7 +452,9 @@ def test_joined_inheritance(sharded: ShardedCluster, cluster: shardkit.ShardClus
     assert sharded.query("s1", "SELECT FROM public.animals") == []
 
 
-def test_an_undeclared_association_table_is_refused_by_name(cluster: shardkit.ShardCluster, others: None) -> None:
+def test_an_undeclared_association_table_is_refused_by_name(
+    cluster: shardkit.ShardCluster, others: None
+) -> None:
     with cluster.sessionmaker()() as session:
         session.add(Owner(id=1, tags=[Tag(id=1)]))
         with pytest.raises(UnroutableQuery, match="tags is not declared"):

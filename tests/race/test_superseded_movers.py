@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +17,7 @@ from shardkit.rebalance.stream import Stream
 from shardkit.rebalance.transfer import TransferRun
 from shardkit.rebalance.waiting import Interrupted, Surroundings
 from shardkit.storage import replication, sourceguard
-from shardkit.storage.connections import value
+from shardkit.storage.connections import Connection, value
 from tests.fix_shards import MakeShards, Shards, fill
 
 
@@ -79,6 +81,34 @@ def test_a_subscription_that_was_stopped_is_not_started_again(slow: tuple[Shards
         value(shards.on("s2"), "SELECT subenabled FROM pg_subscription WHERE subname = %s", (run.name,))
         is False
     )
+
+
+def test_a_slot_that_a_superseded_mover_makes_late_does_not_stay(
+    slow: tuple[Shards, TransferRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wrote its token, slept while another came and cleared, and woke with the command that makes the slot."""
+    shards, run = slow
+    later = replace(run.around, token=run.around.token + 1)
+    replication.drop_subscription(shards.on("s2"), run.name)
+    while not replication.drop_slot(shards.on("s1"), run.name):
+        pass
+    shards.on("s1").execute("UPDATE shardkit.mover SET token = %s", (run.around.token,))
+    create_slot = replication.create_slot
+
+    with TransferRun(run.row, later) as newer:
+        dropped: list[bool] = []
+
+        def sleeping(connection: Connection, name: str) -> None:
+            dropped.append(stream(newer).drop_slot())
+            create_slot(connection, name)
+
+        monkeypatch.setattr(replication, "create_slot", sleeping)
+        with suppress(MoverSuperseded):
+            stream(run).create_slot()
+        while not stream(newer).drop_slot():
+            pass
+    assert dropped == [False], "nobody waited for the slot"
+    assert not replication.slot_exists(shards.on("s1"), run.name)
 
 
 def test_no_slot_is_made_or_dropped(slow: tuple[Shards, TransferRun]) -> None:

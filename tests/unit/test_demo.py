@@ -302,7 +302,16 @@ def transfer(phase: Phase = Phase.DONE) -> TransferRow:
         "pause_ms": {"total": 9.5, "lock": 1.5},
     }
     return TransferRow(
-        1, 1, 0, 2, ArcSet([slot_arc(0)]), phase, {**record, "copy_began": 1000.0, "copy_seconds": 0.5}, 0, None, None
+        1,
+        1,
+        0,
+        2,
+        ArcSet([slot_arc(0)]),
+        phase,
+        {**record, "copy_began": 1000.0, "copy_seconds": 0.5},
+        0,
+        None,
+        None,
     )
 
 

@@ -1,0 +1,73 @@
+"""The model is made of the table in `core.move`: whatever is added there has to be modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, product
+
+import pytest
+
+from shardkit.core.move import ACTIONS, TABLE, Action, Event, Phase, can_abort
+
+from . import actions
+from .explorer import explore
+from .protocol import Protocol
+from .rules import ALL, Rule
+from .scenarios import SOURCE, WRITER
+from .world import Budget, Scenario, World
+
+JOURNEYS = (
+    Scenario("moves and aborts", budget=Budget(movers=1, aborts=1, postponements=1)),
+    Scenario("locked steps", locked=True),
+    Scenario("servers change", apps=WRITER, standbys=SOURCE, budget=Budget(failovers=1)),
+)
+
+
+class Travelled(Protocol):
+    """Notes the transitions that movers make."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario)
+        self.labels: set[str] = set()
+
+    def successors(self, world: World) -> Iterator[tuple[str, World]]:
+        for label, following in super().successors(world):
+            if label.startswith("mover"):
+                self.labels.add(label.partition(": ")[2])
+            yield label, following
+
+
+def test_every_action_has_its_steps() -> None:
+    missing = set(Action) - actions.PROGRAMS.keys()
+    assert not missing, f"tests/model/actions.py has to say what these do, in atomic steps: {missing}"
+
+
+def test_every_step_is_one_that_the_model_can_take() -> None:
+    programs = (*actions.PROGRAMS.values(), *actions.LOCKED.values())
+    assert {step[0] for step in chain.from_iterable(programs)} <= actions.STEPS.keys()
+
+
+@pytest.mark.parametrize("phase", ACTIONS)
+def test_an_action_ends_with_an_event_that_the_table_has_for_its_phase(phase: Phase) -> None:
+    for rules, locked in product((ALL, frozenset[Rule]()), (False, True)):
+        last = actions.program(ACTIONS[phase], rules, locked=locked)[-1]
+        assert last[0] == "enter"
+        assert (phase, Event(str(last[1]))) in {(row.phase, row.event) for row in TABLE}
+
+
+def test_every_row_of_the_table_is_travelled() -> None:
+    seen: set[str] = set()
+    for scenario in JOURNEYS:
+        model = Travelled(scenario)
+        assert explore(model).violation is None
+        seen |= model.labels
+    missing = [row for row in TABLE if f"{row.phase}, {row.event}: {row.next}" not in seen]
+    assert not missing, f"no scenario goes here: {missing}"
+
+
+def test_what_can_be_aborted_is_aborted_in_the_model() -> None:
+    """The movers of the model ask the table, as the real ones do, whether the decision lies ahead."""
+    model = Travelled(JOURNEYS[0])
+    explore(model, progress=False)
+    for phase in Phase:
+        assert (f"{phase}, {Event.ABORT}: {Phase.ABORTING}" in model.labels) == can_abort(phase)
