@@ -84,13 +84,13 @@ class Clearing:
 
     def _clear(self) -> None:
         run = self._run
-        with transaction(run.source, *DDL):
+        with transaction(run.source, *DDL, step="clear_triggers"):
             change.claim(run.source, run.around.token)
             sourceguard.remove_strays(run.source, run.row.id)
             sourceguard.clear(run.source, run.row.id)
 
     def _uninstall(self, index: int, table: ShardedTable) -> None:
         run = self._run
-        with transaction(run.source, *DDL):
+        with transaction(run.source, *DDL, step="remove_triggers"):
             change.claim(run.source, run.around.token)
             sourceguard.remove(run.source, run.row.id, index, table)

@@ -109,7 +109,7 @@ class Cutover:
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""
         run = self._run
-        with transaction(run.target, *_FLUSH):
+        with transaction(run.target, *_FLUSH, step="flush_target"):
             change.claim(run.target, run.around.token)
 
     def _draw_answer(self) -> None:

@@ -85,7 +85,7 @@ class LogicalCopier:
 
     def _install(self, index: int, table: ShardedTable) -> None:
         run = self._run
-        with transaction(run.source, *DDL):
+        with transaction(run.source, *DDL, step="install_triggers"):
             change.claim(run.source, run.around.token)
             sourceguard.install(run.source, run.row.id, index, table, run.row.arcs)
 

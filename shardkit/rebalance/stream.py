@@ -62,13 +62,16 @@ class Stream:
         """Publication, slot, subscription; the copy begins. Nothing is made twice."""
         if replication.subscription_exists(self._subscriber, self.name):
             return
-        with transaction(self._publisher, *change.OPENING):
+        with transaction(self._publisher, *change.OPENING, step="create_publication"):
             change.claim(self._publisher, self._around.token)
             replication.create_publication(self._publisher, self.name, self._run.tables, self._run.row.arcs)
         failpoint("copying.published")
         self.create_slot()
         failpoint("copying.slot")
-        with self._around.changing, transaction(self._subscriber, *change.OPENING):
+        with (
+            self._around.changing,
+            transaction(self._subscriber, *change.OPENING, step="create_subscription"),
+        ):
             change.claim(self._subscriber, self._around.token)
             fence.guard(self._subscriber, self._run.topology().by_id[self._subscriber_shard.id].fence)
             replication.create_subscription(
@@ -94,6 +97,7 @@ class Stream:
             replication.drop_slot(self._publisher, self.name)
             # On a connection of its own: it may take as long as the longest transaction that writes now.
             connection = self._run.shards.get(self._publisher_shard)
+            failpoint("create_slot.before")
             with suppress(psycopg.errors.DuplicateObject):
                 attended(
                     connection,
@@ -102,7 +106,7 @@ class Stream:
                 )
 
     def _claim_publisher(self) -> None:
-        with transaction(self._publisher, *PATIENT):
+        with transaction(self._publisher, *PATIENT, step="claim_publisher"):
             change.claim(self._publisher, self._around.token)
 
     # --- watching it ------------------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ class Stream:
                 errors=state.errors,
             )
         self._around.pause(0.1 * self._revivals)
-        with transaction(self._subscriber, *SHORT):
+        with transaction(self._subscriber, *SHORT, step="enable_subscription"):
             change.claim(
                 self._subscriber, self._around.token
             )  # the opening may have stopped it, by another mover
@@ -202,12 +206,12 @@ class Stream:
         failpoint("drop.slot")
 
     def _drop_subscription(self) -> None:
-        with transaction(self._subscriber, *PATIENT):
+        with transaction(self._subscriber, *PATIENT, step="drop_subscription"):
             change.claim(self._subscriber, self._around.token)
             replication.drop_subscription(self._subscriber, self.name)
 
     def _drop_publication(self) -> None:
-        with transaction(self._publisher, *PATIENT):
+        with transaction(self._publisher, *PATIENT, step="drop_publication"):
             change.claim(self._publisher, self._around.token)
             replication.drop_publication(self._publisher, self.name)
 
@@ -229,6 +233,6 @@ class Stream:
 
     def drop_slot(self) -> bool:
         """Drop the slot unless somebody uses it; whether it is gone."""
-        with transaction(self._publisher, *SHORT):
+        with transaction(self._publisher, *SHORT, step="drop_slot"):
             change.claim(self._publisher, self._around.token)
             return replication.drop_slot(self._publisher, self.name)

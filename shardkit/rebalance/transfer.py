@@ -206,5 +206,5 @@ class TransferRun:
         return Event.UNDONE
 
     def _claim_source(self) -> None:
-        with transaction(self.source, *PATIENT):
+        with transaction(self.source, *PATIENT, step="claim_source"):
             change.claim(self.source, self.around.token)

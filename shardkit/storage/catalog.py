@@ -26,7 +26,7 @@ from shardkit.core.move import Mode, Phase
 from shardkit.core.placement import Placement
 from shardkit.core.topology import Topology
 
-from .connections import Connection, connect_catalog, value
+from .connections import Connection, connect_catalog, transaction, value
 from .topologies import read_current
 
 LEASE_LOCK = 0x6C656173_65000001
@@ -168,9 +168,10 @@ class Catalog:
         return self
 
     @contextmanager
-    def writing(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        """A transaction that belongs to the lease; `MoverSuperseded` if it was taken by another."""
-        with self.connection.transaction(), self.connection.cursor() as cursor:
+    def writing(self, step: str) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
+        """A transaction that belongs to the lease; `MoverSuperseded` if it was taken by another. ``step`` names its
+        failpoints."""
+        with transaction(self.connection, step=step), self.connection.cursor() as cursor:
             cursor.execute("SELECT 1 FROM shardkit.lease WHERE token = %s FOR SHARE", (self.token,))
             if cursor.fetchone() is None:
                 raise MoverSuperseded
@@ -203,7 +204,7 @@ class Catalog:
 
     def propose(self, topology: Topology) -> None:
         """Store a change before any shard sees it; fails if another is pending."""
-        with self.writing() as cursor:
+        with self.writing("catalog.propose") as cursor:
             cursor.execute(
                 "INSERT INTO shardkit.topologies (version, state, digest, document) VALUES (%s, 'proposed', %s, %s)",
                 (topology.version, topology.digest, Jsonb(topology.to_json())),
@@ -211,7 +212,7 @@ class Catalog:
 
     def record(self, topology: Topology) -> None:
         """The proposed topology is in force on every shard it changes."""
-        with self.writing() as cursor:
+        with self.writing("catalog.record") as cursor:
             cursor.execute("UPDATE shardkit.topologies SET state = 'past' WHERE state = 'current'")
             cursor.execute(
                 "UPDATE shardkit.topologies SET state = 'current', recorded_at = now() "
@@ -224,7 +225,7 @@ class Catalog:
 
     def discard(self, topology: Topology) -> None:
         """The proposed topology cannot come into force any more; its number stays used."""
-        with self.writing() as cursor:
+        with self.writing("catalog.discard") as cursor:
             cursor.execute(
                 "UPDATE shardkit.topologies SET state = 'impossible' WHERE version = %s AND state = 'proposed'",
                 (topology.version,),
@@ -236,7 +237,7 @@ class Catalog:
         """Store a job and its transfers, all planned, to be carried by ``mode``; `JobRunning` if one is unfinished."""
         if self.running_job() is not None:
             raise JobRunning
-        with self.writing() as cursor:
+        with self.writing("catalog.create_job") as cursor:
             cursor.execute(
                 "INSERT INTO shardkit.jobs (kind, state, goal) VALUES (%s, 'running', %s) RETURNING id",
                 (kind, Jsonb(goal.to_json())),
@@ -274,7 +275,7 @@ class Catalog:
 
     def finish_job(self, job_id: int, state: str) -> None:
         """End a job as ``done`` or ``aborted``."""
-        with self.writing() as cursor:
+        with self.writing("catalog.finish_job") as cursor:
             cursor.execute(
                 "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL WHERE id = %s",
                 (state, job_id),
@@ -294,7 +295,7 @@ class Catalog:
 
     def enter(self, transfer: TransferRow, phase: Phase, sentence: str) -> None:
         """Persist the next phase of a transfer."""
-        with self.writing() as cursor:
+        with self.writing("catalog.enter") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET phase = %s, last_error = NULL, waiting_for = NULL, updated_at = now() "
                 "WHERE id = %s AND phase = %s",
@@ -313,7 +314,7 @@ class Catalog:
 
     def note(self, transfer_id: int, **facts: Any) -> None:
         """Add facts to a transfer's record."""
-        with self.writing() as cursor:
+        with self.writing("catalog.note") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET record = record || %s, updated_at = now() WHERE id = %s",
                 (Jsonb(facts), transfer_id),
@@ -321,14 +322,14 @@ class Catalog:
 
     def forget(self, transfer_id: int, fact: str) -> None:
         """Take a fact out of a transfer's record."""
-        with self.writing() as cursor:
+        with self.writing("catalog.forget") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET record = record - %s::text WHERE id = %s", (fact, transfer_id)
             )
 
     def waiting(self, transfer_id: int, reason: str | None) -> None:
         """Say what a transfer waits for; None when it goes on."""
-        with self.writing() as cursor:
+        with self.writing("catalog.waiting") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET waiting_for = %s, updated_at = now() WHERE id = %s",
                 (reason, transfer_id),
@@ -336,7 +337,7 @@ class Catalog:
 
     def failed(self, transfer: TransferRow, error: str) -> None:
         """Store a failure beside the phase, which stays."""
-        with self.writing() as cursor:
+        with self.writing("catalog.failed") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET attempts = attempts + 1, last_error = %s, updated_at = now() "
                 "WHERE id = %s",

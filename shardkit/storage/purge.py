@@ -79,7 +79,7 @@ def delete_arcs(
         )
         for first in range(0, size, BLOCKS_A_BATCH):
             started = time.monotonic()
-            with transaction(connection, *_SETTINGS):
+            with transaction(connection, *_SETTINGS, step="delete_rows"):
                 claim(connection, token)
                 fences.guard(connection, in_force)
                 gone = connection.execute(
