@@ -14,7 +14,7 @@ from shardkit.core.errors import MoverStopped
 from shardkit.core.move import FINAL
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.waiting import Interrupted
-from shardkit.storage.catalog import Job
+from shardkit.storage.catalog import Catalog, Job
 
 from . import jobs
 from .bars import Bars
@@ -29,7 +29,9 @@ def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patie
         try:
             with Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop) as mover:
                 job = act(mover)
-                return {**jobs.describe(mover.catalog, job), "mover": None}
+            # Not by the mover's connection: the catalog's server may have restarted since.
+            with Catalog.open(catalog_url) as catalog:
+                return {**jobs.describe(catalog, job), "mover": None}
         except Interrupted as error:
             where = [
                 f"{progress.source} -> {progress.target} is {progress.phase.value}"
