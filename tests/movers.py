@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+LOCKED_ROWS = 150
+"""Rows of a locked step."""
 STOPPED = "stopped"
 REFUSED, RETRY_LATER = 3, 5
 """Exit codes: a move cannot go on as things are; stopped by the operator, or something is away."""
@@ -57,11 +59,14 @@ class Movers:
         *,
         point: str = "",
         weights: Mapping[int, int] | None = None,
+        mode: str = "auto",
         patience: float = 30.0,
     ) -> None:
         """Fork a mover that does a ``move`` to some weights, a ``resume`` or an ``abort``, with a point armed."""
         assert self.pid is None, "one at a time"
-        order = {"act": act, "catalog": catalog, "point": point, "weights": weights, "patience": patience}
+        order = {
+            "act": act, "catalog": catalog, "point": point, "weights": weights, "mode": mode, "patience": patience
+        }  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**order, "said": str(self._said)}) + "\n")
         self._process.stdin.flush()
@@ -147,15 +152,19 @@ def _become(order: Mapping[str, Any]) -> None:
 def _carry(order: Mapping[str, Any]) -> int:
     from shardkit.cli.failures import understood
     from shardkit.cli.running import carry
+    from shardkit.core.move import Mode
+    from shardkit.rebalance import locked
     from shardkit.rebalance.mover import Mover
     from shardkit.storage import failpoints
     from shardkit.storage.catalog import Job
 
     def act(mover: Mover) -> Job:
         if order["act"] == "move":
-            mover.start("rebalance", {int(shard): weight for shard, weight in order["weights"].items()})
+            weights = {int(shard): weight for shard, weight in order["weights"].items()}
+            mover.start("rebalance", weights, Mode(order["mode"]))
         return mover.abort() if order["act"] == "abort" else mover.run()
 
+    locked.ROWS_A_STEP = LOCKED_ROWS  # several steps, in the small tables of tests
     failpoints.arm(order["point"])
     began = time.monotonic()
     try:

@@ -30,7 +30,16 @@ SHARD_STEPS = (
 """Writes of the mover to a shard."""
 _PHASES = tuple(phase.value for phase in Phase if phase not in FINAL)
 
-STEPS = tuple(f"{step}.{edge}" for step in (*CATALOG_STEPS, *SHARD_STEPS) for edge in ("commit", "committed"))
+LOCKED_STEPS = (
+    "locked.prepare_index", "locked.install_triggers", "locked.receive", "locked.delete", "locked.remove_triggers",
+    "locked.drop_index",
+)  # fmt: skip
+"""Writes to a shard of a mover that moves rows in locked steps."""
+
+STEPS, STEPS_OF_LOCKED = (
+    tuple(f"{step}.{edge}" for step in steps for edge in ("commit", "committed"))
+    for steps in ((*CATALOG_STEPS, *SHARD_STEPS), LOCKED_STEPS)
+)
 ENDS_OF_PHASES = tuple(f"{phase}.{edge}" for phase in _PHASES for edge in ("begin", "end"))
 BATCHES = tuple(f"{phase.value}.batch" for phase in (Phase.PREPARING, Phase.PURGING, Phase.ABORTING))
 BETWEEN = (
@@ -43,6 +52,8 @@ BETWEEN = (
 
 MOVE = (*ENDS_OF_PHASES, *BETWEEN, *BATCHES, *STEPS)
 """All that a move or its abort can pass."""
+LOCKED = ("locked.step", "locked.before decision", "locked.opened", *STEPS_OF_LOCKED)
+"""What it passes besides where rows move in locked steps."""
 JOIN = ("join.claim.commit", "join.claim.committed", "join.claimed", "join.copied_first", "join.copied")
 """What a shard that joins passes besides."""
 TWO_PHASE = (
@@ -50,7 +61,7 @@ TWO_PHASE = (
     "two_phase.finishing", "two_phase.finished", "two_phase.forgotten",
 )  # fmt: skip
 """What a transaction over several shards passes."""
-POINTS = frozenset((*MOVE, *JOIN, *TWO_PHASE))
+POINTS = frozenset((*MOVE, *LOCKED, *JOIN, *TWO_PHASE))
 
 _armed = ""
 _times = 1

@@ -46,7 +46,7 @@ def delete_few(
     connection: Connection, table: ShardedTable, arcs: ArcSet, *, token: int, in_force: Fence
 ) -> int:
     """Delete every row of ``arcs`` in one statement, by an index on the position; otherwise as `delete_arcs`."""
-    with transaction(connection, *_SETTINGS, ("enable_seqscan", "off")):
+    with transaction(connection, *_SETTINGS, ("enable_seqscan", "off"), step="locked.delete"):
         claim(connection, token)
         fences.guard(connection, in_force)
         return connection.execute(

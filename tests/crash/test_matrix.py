@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from shardkit.core.move import Phase
+from shardkit.core.move import Mode, Phase
 from shardkit.storage import failpoints, replication
 from shardkit.storage.connections import connect
 from tests.applications import Failure
@@ -90,6 +91,13 @@ HOLDING = (
     "opening.commit", "flush_target.commit", "claim_publisher.commit", "delete_rows.commit", "install_triggers.commit",
 )  # fmt: skip
 """Points in transactions that others wait for: there the network is silent for longer than a server puts up with."""
+IN_STEPS = "in steps: "
+"""Before points that are passed in other moves too."""
+LOCKED_TOO = (
+    "change.locked:3", "closing.commit:2", "closing.committed:2", "opening.commit:2", "opening.committed:2",
+    "catalog.propose.committed:3", "catalog.record.commit:3", "copying.begin", "copying.end", "aborting.begin",
+    "aborting.end", "purging.begin",
+)  # fmt: skip
 SAME = frozenset(
     ("change.proposed", "change.decided", "change.opened", "change.recorded", "drop.subscription", "drop.slot",
      "purge.batch", "purging.batch", "copying.published", "copying.subscribed")
@@ -108,6 +116,9 @@ def _cells() -> Iterator[tuple[str, Event]]:
                     yield f"{step}.{edge}:{time}", event
     for point in HOLDING:
         yield point, SILENT_LONG
+    for point in (*failpoints.LOCKED, *LOCKED_TOO):
+        for event in EVENTS:
+            yield (point if point in failpoints.LOCKED else f"{IN_STEPS}{point}"), event
 
 
 CELLS = tuple(_cells())
@@ -124,8 +135,9 @@ USUAL = (
 
 
 def test_every_point_of_a_move_is_in_the_matrix() -> None:
-    assert {point.partition(":")[0] for point, _ in CELLS} == set(failpoints.MOVE)
-    assert set(failpoints.MOVE) | set(failpoints.JOIN) | set(failpoints.TWO_PHASE) == failpoints.POINTS
+    points = {point.removeprefix(IN_STEPS).partition(":")[0] for point, _ in CELLS}
+    assert points == {*failpoints.MOVE, *failpoints.LOCKED}
+    assert points | {*failpoints.JOIN, *failpoints.TWO_PHASE} == failpoints.POINTS
 
 
 # --- one case --------------------------------------------------------------------------------------------------------
@@ -184,8 +196,11 @@ def run(world: World, point: str, event: Event) -> None:
     """Bring a mover to the point, let the event happen, see to it that the job ends, and look."""
     weights, source, target = world.next_weights()
     before = world.topology
-    act = bring_near(world, point, weights, target)
-    options = {"weights": weights} if act == "move" else {}
+    mode = Mode.LOCKED if point.startswith((IN_STEPS, "locked.")) else Mode.LOGICAL
+    point = point.removeprefix(IN_STEPS)
+    goal: dict[str, Any] = {"weights": weights, "mode": mode}
+    act = bring_near(world, point, target, goal)
+    options = goal if act == "move" else {}
     with obstacle(world, point, source, target) as remove:
         if event.kills:
             world.until_killed(act, point, **options)
@@ -202,7 +217,7 @@ def run(world: World, point: str, event: Event) -> None:
     elif world.topology.owned(0) == before.owned(0) and act == "move":
         # It was not stored yet that there is a job.
         assert point.startswith("catalog.create_job"), point
-        world.act("move", weights=weights)
+        world.act("move", **goal)
     downs = {"source": source, "target": target, "catalog": None}[event.downs] if event.downs else None
 
     def allowed(failure: Failure) -> bool:
@@ -227,16 +242,17 @@ def check_outcome(world: World) -> None:
         assert topology.owned(target).issuperset(arcs) == (phase is Phase.DONE)
 
 
-def bring_near(world: World, point: str, weights: dict[int, int], target: str) -> str:
+def bring_near(world: World, point: str, target: str, goal: dict[str, Any]) -> str:
     """What a mover has to do to pass the point, after what others did before it."""
     if point.startswith(("aborting.", "claim_source.")):
-        world.until_killed("move", "verifying.begin", weights=weights)
+        half_way = "locked.opened:2" if goal["mode"] is Mode.LOCKED else "verifying.begin"
+        world.until_killed("move", half_way, **goal)
         return "abort"
     if point.startswith(("settling.", "catalog.discard.")):
-        world.until_killed("move", "change.proposed:2", weights=weights)
+        world.until_killed("move", "change.proposed:2", **goal)
         return "resume"
     if point.startswith("enable_subscription."):
-        world.until_killed("move", "copying.subscribed", weights=weights)
+        world.until_killed("move", "copying.subscribed", **goal)
         with connect(f"postgresql:///app?service={target}") as connection:
             row = connection.execute("SELECT subname FROM pg_subscription").fetchone()
             assert row is not None
