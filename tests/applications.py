@@ -27,7 +27,7 @@ from shardkit.core.ring import position
 from shardkit.orm.ids import _uuids
 from tests.sharded import affected
 
-THINKING = 0.1
+THINKING = 0.15
 """Seconds between two writes of a client, on average."""
 
 
