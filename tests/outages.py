@@ -43,6 +43,8 @@ WATCHDOG = 300.0
 """Seconds after which a mover is killed, which fails the case. A busy machine may make it wait long for a moment."""
 BLOCKED = 2.5
 """Seconds of a network that passes nothing: longer than a server waits for a mover in a transaction."""
+LONG = 6.0
+"""Seconds in which a subscription would be revived more often than a mover does it in a row."""
 ADMINISTRATIVE_LOCKS = """
 SELECT l.pid FROM pg_locks l
 WHERE l.locktype = 'advisory' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

@@ -22,7 +22,7 @@ from shardkit.storage import failpoints, replication
 from shardkit.storage.connections import connect
 from tests.applications import Failure
 from tests.movers import REFUSED, RETRY_LATER
-from tests.outages import BLOCKED, SERVERS, World
+from tests.outages import BLOCKED, LONG, SERVERS, World
 from tests.proxy import PEER
 
 
@@ -73,7 +73,8 @@ EVENTS = (
     Event("target hears nothing of source", peers_of(World.blackhole)),
 )
 SILENT_LONG = Event("network silent for long", lambda w, *_: w.blackhole(*SERVERS, seconds=BLOCKED))
-ALL_EVENTS = (*EVENTS, SILENT_LONG)
+PEERS_LONG = Event("target long cut off source", lambda w, source, _: w.cut(source, kind=PEER, seconds=LONG))
+ALL_EVENTS = (*EVENTS, SILENT_LONG, PEERS_LONG)
 BY_NAME = {event.name: event for event in ALL_EVENTS}
 
 AGAIN = {
@@ -98,6 +99,11 @@ LOCKED_TOO = (
     "catalog.propose.committed:3", "catalog.record.commit:3", "copying.begin", "copying.end", "aborting.begin",
     "aborting.end", "purging.begin",
 )  # fmt: skip
+STREAMING = (
+    "create_subscription.committed", "copying.poll", "catching up.begin", "verifying.begin", "cutting over.begin",
+    "closing.committed:2",
+)  # fmt: skip
+"""Points at which the target needs its source: there it is without for longer than a subscription is patient."""
 SAME = frozenset(
     ("change.proposed", "change.decided", "change.opened", "change.recorded", "drop.subscription", "drop.slot",
      "purge.batch", "purging.batch", "copying.published", "copying.subscribed")
@@ -116,6 +122,8 @@ def _cells() -> Iterator[tuple[str, Event]]:
                     yield f"{step}.{edge}:{time}", event
     for point in HOLDING:
         yield point, SILENT_LONG
+    for point in STREAMING:
+        yield point, PEERS_LONG
     for point in (*failpoints.LOCKED, *LOCKED_TOO):
         for event in EVENTS:
             yield (point if point in failpoints.LOCKED else f"{IN_STEPS}{point}"), event
