@@ -54,14 +54,23 @@ MOVE = (*ENDS_OF_PHASES, *BETWEEN, *BATCHES, *STEPS)
 """All that a move or its abort can pass."""
 LOCKED = ("locked.step", "locked.before decision", "locked.opened", *STEPS_OF_LOCKED)
 """What it passes besides where rows move in locked steps."""
-JOIN = ("join.claim.commit", "join.claim.committed", "join.claimed", "join.copied_first", "join.copied")
+JOIN = (
+    "join.claim.commit",
+    "join.claim.committed",
+    "join.claimed",
+    "join.copied_first",
+    "join.copied",
+    "join.split",
+)
 """What a shard that joins passes besides."""
+IDS = ("ids.restarted", "ids.altered")
+"""What a split of ids passes."""
 TWO_PHASE = (
     "two_phase.noted", "two_phase.preparing", "two_phase.prepared", "two_phase.deciding", "two_phase.decided",
     "two_phase.finishing", "two_phase.finished", "two_phase.forgotten",
 )  # fmt: skip
 """What a transaction over several shards passes."""
-POINTS = frozenset((*MOVE, *LOCKED, *JOIN, *TWO_PHASE))
+POINTS = frozenset((*MOVE, *LOCKED, *JOIN, *IDS, *TWO_PHASE))
 
 _armed = ""
 _times = 1

@@ -135,17 +135,17 @@ USUAL = (
     ("closing.committed:2", "answers lost"),
     ("opening.commit", "target killed"),
     ("create_subscription.committed", "SIGTERM"),
-    ("verifying.begin", "source killed"),
     ("catalog.record.commit:2", "catalog killed"),
     ("take_changes.committed", "target cut off source"),
     ("delete_rows.commit", "source cut off"),
+    ("locked.receive.committed:2", "SIGKILL, abort"),
 )
 
 
 def test_every_point_of_a_move_is_in_the_matrix() -> None:
     points = {point.removeprefix(IN_STEPS).partition(":")[0] for point, _ in CELLS}
     assert points == {*failpoints.MOVE, *failpoints.LOCKED}
-    assert points | {*failpoints.JOIN, *failpoints.TWO_PHASE} == failpoints.POINTS
+    assert points | {*failpoints.JOIN, *failpoints.IDS, *failpoints.TWO_PHASE} == failpoints.POINTS
 
 
 # --- one case --------------------------------------------------------------------------------------------------------
