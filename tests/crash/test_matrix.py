@@ -295,7 +295,7 @@ def test_nothing_is_lost_after(worlds: Worlds, point: str, event: str) -> None:
 
 
 # In another order, so that the first hour has tried some of everything.
-SHUFFLED = random.Random(1).sample([(point, event.name) for point, event in CELLS], len(CELLS))
+SHUFFLED = random.Random(2).sample([(point, event.name) for point, event in CELLS], len(CELLS))
 
 
 @pytest.mark.slow
