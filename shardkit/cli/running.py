@@ -15,7 +15,7 @@ from shardkit.core.move import STILL
 from shardkit.rebalance.limits import Limits
 from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.waiting import Interrupted
-from shardkit.storage.catalog import Job
+from shardkit.storage.catalog import Catalog, Job
 
 from . import jobs
 from .bars import Bars
@@ -41,7 +41,9 @@ def carry(
         try:
             with mover:
                 job = act(mover)
-                return {**jobs.describe(mover.catalog, job), "mover": None}
+            # Not by the mover's connection: the catalog's server may have restarted since.
+            with Catalog.open(catalog_url) as catalog:
+                return {**jobs.describe(catalog, job), "mover": None}
         except Interrupted as error:
             where = [
                 f"{progress.source} -> {progress.target} is {progress.phase.value}"

@@ -128,13 +128,13 @@ class Clearing:
 
     def _remove_notes(self, shard: Shard, index: int) -> None:
         run, connection = self._run, self._run.probes.get(shard)
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="remove_notes"):
             change.claim(connection, run.around.token)
             sourceguard.remove_notes(connection, run.row.id, index)
 
     def _clear(self, shard: Shard) -> None:
         run, connection = self._run, self._run.probes.get(shard)
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="clear_triggers"):
             change.claim(connection, run.around.token)
             sourceguard.remove_strays(connection, run.row.id)
             sourceguard.clear(connection, run.row.id)
@@ -143,6 +143,6 @@ class Clearing:
 
     def _uninstall(self, shard: Shard, index: int, table: ShardedTable) -> None:
         run, connection = self._run, self._run.probes.get(shard)
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="remove_triggers"):
             change.claim(connection, run.around.token)
             sourceguard.remove(connection, run.row.id, index, table)

@@ -153,7 +153,7 @@ class Cutover:
 
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""
-        with transaction(self._stream.subscriber, *_FLUSH):
+        with transaction(self._stream.subscriber, *_FLUSH, step="flush_target"):
             change.claim(self._stream.subscriber, self._run.around.token)
 
     def _draw_answer(self) -> None:

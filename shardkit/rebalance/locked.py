@@ -132,7 +132,7 @@ class LockedCopier:
             run.waits.with_lock_retries(f"the trigger on {table}", shard, install, table)
 
     def _install(self, connection: Connection, index: int, table: ShardedTable) -> None:
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="locked.install_triggers"):
             change.claim(connection, self._run.around.token)
             stepguard.install(connection, self._run.row.id, index, table, self._run.row.arcs)
 
@@ -190,12 +190,12 @@ class LockedCopier:
                 )
 
     def _uninstall(self, connection: Connection, index: int, table: ShardedTable) -> None:
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="locked.remove_triggers"):
             change.claim(connection, self._run.around.token)
             stepguard.remove(connection, self._run.row.id, index, table)
 
     def _drop_index(self, connection: Connection, name: sql.Identifier) -> None:
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="locked.drop_index"):
             change.claim(connection, self._run.around.token)
             positionindex.drop(connection, name)
 
@@ -269,7 +269,7 @@ class LockedCopier:
             "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
             tuple(map(list, zip(*digest.TEXT_FORM, _BY_INDEX, strict=True))),
         )
-        with transaction(taking, *_RECEIVING):
+        with transaction(taking, *_RECEIVING, step="locked.receive"):
             change.claim(taking, run.around.token)
             if not fence.guard_newest(taking, run.topology().by_id[taker.id].fence):
                 raise CatalogBehind(shard=taker.name)

@@ -90,7 +90,7 @@ class LogicalCopier:
         run, connection = self._run, self._run.probes.get(shard)
         like = tables.describe(run.source, table)
         assert like is not None
-        with transaction(connection, *DDL):
+        with transaction(connection, *DDL, step="install_triggers"):
             change.claim(connection, run.around.token)
             if shard is run.source_shard:
                 sourceguard.install(connection, run.row.id, index, table, run.row.arcs)

@@ -107,7 +107,7 @@ class _Repair:
 
     def _removed(self, shard: Shard, what: str) -> None:
         text = f"{shard.name}: {what}"
-        with self._mover.catalog.writing() as cursor:
+        with self._mover.catalog.writing("catalog.repair") as cursor:
             self._mover.catalog.event(cursor, "repaired", shard=shard.name, what=what)
         self._outcome.removed.append(text)
         self._listener(f"Removed from {text}")

@@ -85,42 +85,39 @@ class Stream:
 
     def publish(self) -> None:
         """Publication and slot: from now on the publisher keeps what is to be streamed."""
-        with transaction(self.publisher, *change.OPENING):
+        with transaction(self.publisher, *change.OPENING, step="create_publication"):
             change.claim(self.publisher, self._around.token)
             replication.create_publication(self.publisher, self.name, self._run.tables, self._run.row.arcs)
-        self._pass("published")
+        failpoint(f"{self._run.row.phase.value}.published")
         self.create_slot()
-        self._pass("slot")
+        failpoint(f"{self._run.row.phase.value}.slot")
 
     def begin_at(self, position: str) -> None:
         """Subscribe to what was published, from a position of the publisher's WAL on, without a copy."""
         self._subscribe(replication.create_subscription_at_rest)
-        with transaction(self.subscriber, *change.OPENING):
+        with transaction(self.subscriber, *change.OPENING, step="begin_back"):
             change.claim(self.subscriber, self._around.token)
             replication.begin_at(self.subscriber, self.name, position)
-        self._pass("begun")
-        with transaction(self.subscriber, *change.OPENING):
+        failpoint(f"{self._run.row.phase.value}.begun")
+        with transaction(self.subscriber, *change.OPENING, step="enable_back"):
             change.claim(self.subscriber, self._around.token)
             replication.set_enabled(self.subscriber, self.name, True)
-        self._pass("enabled")
+        failpoint(f"{self._run.row.phase.value}.enabled")
 
     def attend(self, attended: bool) -> None:
         """Somebody looks after a subscription that was left alone, or leaves it alone again."""
-        with transaction(self.subscriber, *SHORT):
+        with transaction(self.subscriber, *SHORT, step="attend"):
             change.claim(self.subscriber, self._around.token)
             replication.set_disabled_by_errors(self.subscriber, self.name, attended)
 
     def _subscribe(self, create: Callable[[Connection, str, str], None]) -> None:
-        with self._around.changing, transaction(self.subscriber, *change.OPENING):
+        with self._around.changing, transaction(self.subscriber, *change.OPENING, step="create_subscription"):
             change.claim(self.subscriber, self._around.token)
             in_force = self._run.topology().by_id[self.subscriber_shard.id].fence
             if not fence.guard_newest(self.subscriber, in_force):
                 raise CatalogBehind(shard=self.subscriber_shard.name)
             create(self.subscriber, self.name, replication.peer_conninfo(self.publisher))
-        self._pass("subscribed")
-
-    def _pass(self, step: str) -> None:
-        failpoint(f"{self._run.row.phase.value}.{step}")
+        failpoint(f"{self._run.row.phase.value}.subscribed")
 
     def create_slot(self) -> None:
         """The slot, as soon as every transaction that writes now has ended."""
@@ -148,6 +145,7 @@ class Stream:
     def _make_slot(self, connection: Connection, what: str) -> None:
         self._claim_publisher()  # again, under the lock: whoever came later drops what is made here, or stops it
         replication.drop_slot(self.publisher, self.name)
+        failpoint("create_slot.before")
         with suppress(psycopg.errors.DuplicateObject):
             attended(
                 connection,
@@ -156,7 +154,7 @@ class Stream:
             )
 
     def _claim_publisher(self) -> None:
-        with transaction(self.publisher, *PATIENT):
+        with transaction(self.publisher, *PATIENT, step="claim_publisher"):
             change.claim(self.publisher, self._around.token)
 
     # --- watching it ------------------------------------------------------------------------------------------------
@@ -185,7 +183,7 @@ class Stream:
                 errors=state.errors,
             )
         self._around.pause(0.1 * self._revivals)
-        with transaction(self.subscriber, *SHORT):
+        with transaction(self.subscriber, *SHORT, step="enable_subscription"):
             change.claim(
                 self.subscriber, self._around.token
             )  # the opening may have stopped it, by another mover
@@ -278,12 +276,12 @@ class Stream:
         failpoint("drop.slot")
 
     def _drop_subscription(self) -> None:
-        with transaction(self.subscriber, *PATIENT):
+        with transaction(self.subscriber, *PATIENT, step="drop_subscription"):
             change.claim(self.subscriber, self._around.token)
             replication.drop_subscription(self.subscriber, self.name)
 
     def _drop_publication(self) -> None:
-        with transaction(self.publisher, *PATIENT):
+        with transaction(self.publisher, *PATIENT, step="drop_publication"):
             change.claim(self.publisher, self._around.token)
             replication.drop_publication(self.publisher, self.name)
 
@@ -308,6 +306,6 @@ class Stream:
         with replication.slot_lock(self.publisher, self.name) as mine:
             if not mine:
                 return False
-            with transaction(self.publisher, *SHORT):
+            with transaction(self.publisher, *SHORT, step="drop_slot"):
                 change.claim(self.publisher, self._around.token)
                 return replication.drop_slot(self.publisher, self.name)

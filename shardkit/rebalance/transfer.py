@@ -221,7 +221,7 @@ class TransferRun:
 
     def _claim(self, shard: Shard) -> None:
         connection = self.probes.get(shard)
-        with transaction(connection, *PATIENT):
+        with transaction(connection, *PATIENT, step="claim_source"):
             change.claim(connection, self.around.token)
 
     # --- what follows the copier -----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class WayBack:
 
     def _install_refusals(self, table: ShardedTable) -> None:
         run = self._run
-        with transaction(run.target, *DDL):
+        with transaction(run.target, *DDL, step="install_refusals"):
             change.claim(run.target, run.around.token)
             sourceguard.install_refusals(run.target, run.row.id, table)
 
@@ -110,7 +110,7 @@ class WayBack:
 
     def _install(self, index: int, table: ShardedTable) -> None:
         run = self._run
-        with transaction(run.target, *DDL):
+        with transaction(run.target, *DDL, step="install_triggers_back"):
             change.claim(run.target, run.around.token)
             sourceguard.install(run.target, run.row.id, index, table, run.row.arcs)
 
@@ -169,7 +169,7 @@ class WayBack:
         if self.decided():
             return Event.DECIDED
         run.clearing.remove_notes(run.target_shard)
-        with transaction(run.target, *DDL):
+        with transaction(run.target, *DDL, step="clear_notes"):
             change.claim(run.target, run.around.token)
             sourceguard.clear(run.target, run.row.id)
         self.stream.attend(False)

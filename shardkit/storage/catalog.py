@@ -26,7 +26,7 @@ from shardkit.core.move import FINAL, STILL, Mode, Phase
 from shardkit.core.placement import Placement
 from shardkit.core.topology import Topology
 
-from .connections import Connection, connect_catalog, value
+from .connections import Connection, connect_catalog, transaction, value
 from .topologies import read_current
 
 LEASE_LOCK = 0x6C656173_65000001
@@ -182,9 +182,10 @@ class Catalog:
         return self
 
     @contextmanager
-    def writing(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
-        """A transaction that belongs to the lease; `MoverSuperseded` if it was taken by another."""
-        with self.connection.transaction(), self.connection.cursor() as cursor:
+    def writing(self, step: str) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
+        """A transaction that belongs to the lease; `MoverSuperseded` if it was taken by another. ``step`` names its
+        failpoints."""
+        with transaction(self.connection, step=step), self.connection.cursor() as cursor:
             cursor.execute("SELECT 1 FROM shardkit.lease WHERE token = %s FOR SHARE", (self.token,))
             if cursor.fetchone() is None:
                 raise MoverSuperseded
@@ -217,7 +218,7 @@ class Catalog:
 
     def propose(self, topology: Topology) -> None:
         """Store a change before any shard sees it; fails if another is pending."""
-        with self.writing() as cursor:
+        with self.writing("catalog.propose") as cursor:
             cursor.execute(
                 "INSERT INTO shardkit.topologies (version, state, digest, document) VALUES (%s, 'proposed', %s, %s)",
                 (topology.version, topology.digest, Jsonb(topology.to_json())),
@@ -225,7 +226,7 @@ class Catalog:
 
     def record(self, topology: Topology) -> None:
         """The proposed topology is in force on every shard it changes."""
-        with self.writing() as cursor:
+        with self.writing("catalog.record") as cursor:
             cursor.execute("UPDATE shardkit.topologies SET state = 'past' WHERE state = 'current'")
             cursor.execute(
                 "UPDATE shardkit.topologies SET state = 'current', recorded_at = now() "
@@ -238,7 +239,7 @@ class Catalog:
 
     def discard(self, topology: Topology) -> None:
         """The proposed topology cannot come into force any more; its number stays used."""
-        with self.writing() as cursor:
+        with self.writing("catalog.discard") as cursor:
             cursor.execute(
                 "UPDATE shardkit.topologies SET state = 'impossible' WHERE version = %s AND state = 'proposed'",
                 (topology.version,),
@@ -268,7 +269,7 @@ class Catalog:
         ``options`` that are None are left out."""
         self.require_no_job()
         told = {name: option for name, option in options.items() if option is not None}
-        with self.writing() as cursor:
+        with self.writing("catalog.create_job") as cursor:
             cursor.execute(
                 "INSERT INTO shardkit.jobs (kind, state, goal, options) VALUES (%s, 'running', %s, %s) RETURNING id",
                 (kind, Jsonb(goal.to_json()), Jsonb(told)),
@@ -315,7 +316,7 @@ class Catalog:
 
     def finish_job(self, job_id: int, state: str) -> None:
         """End a job as ``done``, ``aborted`` or ``rolled back``."""
-        with self.writing() as cursor:
+        with self.writing("catalog.finish_job") as cursor:
             cursor.execute(
                 "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL WHERE id = %s",
                 (state, job_id),
@@ -336,7 +337,7 @@ class Catalog:
     def begin_job(self, job_id: int, **options: Any) -> None:
         """A mover begins, or goes on: the job is not paused. ``options`` that are not None hold from now on."""
         told = {name: option for name, option in options.items() if option is not None}
-        with self.writing() as cursor:
+        with self.writing("catalog.begin_job") as cursor:
             cursor.execute(
                 "UPDATE shardkit.jobs SET paused = false, options = options || %s WHERE id = %s",
                 (Jsonb(told), job_id),
@@ -364,7 +365,7 @@ class Catalog:
 
     def enter_all(self, transfers: Iterable[TransferRow], phase: Phase, sentence: str) -> None:
         """Persist the next phase of several transfers, of all or of none."""
-        with self.writing() as cursor:
+        with self.writing("catalog.enter") as cursor:
             for transfer in transfers:
                 self._enter(cursor, transfer, phase, sentence)
 
@@ -387,7 +388,7 @@ class Catalog:
 
     def note(self, transfer_id: int, **facts: Any) -> None:
         """Add facts to a transfer's record."""
-        with self.writing() as cursor:
+        with self.writing("catalog.note") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET record = record || %s, updated_at = now() WHERE id = %s",
                 (Jsonb(facts), transfer_id),
@@ -395,14 +396,14 @@ class Catalog:
 
     def forget(self, transfer_id: int, fact: str) -> None:
         """Take a fact out of a transfer's record."""
-        with self.writing() as cursor:
+        with self.writing("catalog.forget") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET record = record - %s::text WHERE id = %s", (fact, transfer_id)
             )
 
     def waiting(self, transfer_id: int, reason: str | None) -> None:
         """Say what a transfer waits for; None when it goes on."""
-        with self.writing() as cursor:
+        with self.writing("catalog.waiting") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET waiting_for = %s, updated_at = now() WHERE id = %s",
                 (reason, transfer_id),
@@ -410,14 +411,14 @@ class Catalog:
 
     def report(self, transfer_id: int, progress: Mapping[str, Any]) -> None:
         """Let others see how far a transfer is."""
-        with self.writing() as cursor:
+        with self.writing("catalog.report") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET progress = %s WHERE id = %s", (Jsonb(progress), transfer_id)
             )
 
     def failed(self, transfer: TransferRow, error: str) -> None:
         """Store a failure beside the phase, which stays."""
-        with self.writing() as cursor:
+        with self.writing("catalog.failed") as cursor:
             cursor.execute(
                 "UPDATE shardkit.transfers SET attempts = attempts + 1, last_error = %s, updated_at = now() "
                 "WHERE id = %s",

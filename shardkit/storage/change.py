@@ -104,7 +104,7 @@ def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None =
     current = catalog.current()
     for shard_id in proposal.closing_since(current):
         connection = shards.get(proposal.by_id[shard_id])
-        with transaction(connection, *OPENING):
+        with transaction(connection, *OPENING, step="settling"):
             claim(connection, _token(catalog))
             decided = proposal.by_id[shard_id].fence.relation in fence.relations(connection)
         if not decided:
@@ -159,11 +159,12 @@ def _close(
         holders = fence.holders(connection)
         if not holders or holders[0].age_seconds < LOCK_TIMEOUT:
             try:
-                with transaction(connection, *CLOSING):
+                with transaction(connection, *CLOSING, step="closing"):
                     claim(connection, _token(catalog))
                     clock("asked")
                     names = fence.lock_all(connection)
                     clock("locked")
+                    failpoint("change.locked")
                     if not {shard.fence.relation, new} & names:
                         found = ", ".join(sorted(names)) or "none"
                         raise ShardBehind(
@@ -217,7 +218,7 @@ def _finish(
         if shard_id in closing:
             continue
         connection = shards.get(proposal.by_id[shard_id])
-        with transaction(connection, *OPENING):
+        with transaction(connection, *OPENING, step="opening"):
             claim(connection, _token(catalog))
             if on_open is not None:
                 on_open(connection)

@@ -82,7 +82,7 @@ def check_free(connection: Connection, cluster: UUID, topology: Topology | None)
 
 def write(catalog: Catalog, connection: Connection, claim: Claim, url: str) -> None:
     """Note the joining in the catalog, then claim the database, or claim it again; the caller has checked it."""
-    with catalog.writing() as cursor:
+    with catalog.writing("join.claim") as cursor:
         catalog.event(cursor, "joining", name=claim.name, url=url)
     with transaction(connection):
         # The mover before may only have seemed dead: from here on it cannot claim, nor open.

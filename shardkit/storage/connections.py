@@ -20,6 +20,7 @@ from shardkit.core.errors import (
 )
 from shardkit.core.topology import Shard
 
+from .failpoints import failpoint
 from .urls import conninfo, redacted
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -151,8 +152,10 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def transaction(connection: Connection, *settings: tuple[str, str]) -> Iterator[Connection]:
-    """A transaction with settings of its own (``SET LOCAL``), made in one round trip."""
+def transaction(
+    connection: Connection, *settings: tuple[str, str], step: str | None = None
+) -> Iterator[Connection]:
+    """A transaction with settings of its own (``SET LOCAL``), made in one round trip; ``step`` names its failpoints."""
     with connection.transaction():
         if settings:
             connection.execute(
@@ -160,6 +163,10 @@ def transaction(connection: Connection, *settings: tuple[str, str]) -> Iterator[
                 ([name for name, _ in settings], [setting for _, setting in settings]),
             )
         yield connection
+        if step is not None:
+            failpoint(f"{step}.commit")
+    if step is not None:
+        failpoint(f"{step}.committed")
 
 
 def value(connection: Connection, query: Any, parameters: Any = None) -> Any:

@@ -41,7 +41,7 @@ def build(connection: Connection, transfer: int, index: int, table: ShardedTable
         )
         if valid:
             continue
-        with transaction(connection, *SHORT):
+        with transaction(connection, *SHORT, step="locked.prepare_index"):
             claim(connection, token)
         if valid is not None:
             connection.execute(

@@ -50,7 +50,7 @@ def delete_few(
     connection: Connection, table: ShardedTable, arcs: ArcSet, *, token: int, in_force: Fence
 ) -> int:
     """Delete every row of ``arcs`` in one statement, by an index on the position; otherwise as `delete_arcs`."""
-    with transaction(connection, *_SETTINGS, ("enable_seqscan", "off")):
+    with transaction(connection, *_SETTINGS, ("enable_seqscan", "off"), step="locked.delete"):
         claim(connection, token)
         if not fences.guard_newest(connection, in_force):
             raise NewerFence
@@ -88,7 +88,7 @@ def delete_arcs(
         blocks = BLOCKS_A_BATCH if rows_per_second is None else _blocks(connection, leaf, rows_per_second)
         for first in range(0, size, blocks):
             started = time.monotonic()
-            with transaction(connection, *_SETTINGS):
+            with transaction(connection, *_SETTINGS, step="delete_rows"):
                 claim(connection, token)
                 if not fences.guard_newest(connection, in_force):
                     raise NewerFence

@@ -15,6 +15,7 @@ from shardkit.core.topology import ShardedTable
 
 from .change import claim
 from .connections import SHORT, Connection, transaction, value
+from .failpoints import failpoint
 from .predicate import relation
 from .tables import IDENTITY_INDEX, describe
 
@@ -48,15 +49,17 @@ def prepare_index(connection: Connection, table: ShardedTable, token: int) -> No
     ).fetchone()
     if valid is not None and valid[0]:
         return
-    with transaction(connection, *SHORT):
+    with transaction(connection, *SHORT, step="prepare_index"):
         claim(connection, token)
     connection.execute(sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(name))
     columns = [table.key, *(column for column in found.primary_key if column != table.key)]
+    failpoint("build_index.before")
     connection.execute(
         sql.SQL("CREATE UNIQUE INDEX CONCURRENTLY {} ON {} ({})").format(
             sql.Identifier(_index(table)), relation(table), sql.SQL(", ").join(map(sql.Identifier, columns))
         )
     )
+    failpoint("build_index.after")
 
 
 def is_changed(connection: Connection, table: ShardedTable) -> bool:
@@ -77,7 +80,7 @@ def use(connection: Connection, table: ShardedTable, token: int) -> None:
     if found is None or table.key in found.identity_columns:
         return
     name = relation(table).as_string(connection)
-    with transaction(connection, *_SETTINGS):
+    with transaction(connection, *_SETTINGS, step="use_identity"):
         claim(connection, token)
         connection.execute(
             """
@@ -105,7 +108,7 @@ def restore(connection: Connection, table: ShardedTable, token: int) -> None:
     unused = sql.SQL("DROP INDEX IF EXISTS {}").format(sql.Identifier(table.schema, _index(table)))
     if row is None:
         if _exists(connection, table):  # it was built, or was being built, and never put to use
-            with transaction(connection, *_SETTINGS):
+            with transaction(connection, *_SETTINGS, step="restore_identity"):
                 claim(connection, token)
                 connection.execute(unused)
         return
@@ -116,7 +119,7 @@ def restore(connection: Connection, table: ShardedTable, token: int) -> None:
         "f": sql.SQL("FULL"),
         "i": sql.SQL("USING INDEX {}").format(sql.Identifier(index or "")) if index else sql.SQL("DEFAULT"),
     }[kind]
-    with transaction(connection, *_SETTINGS):
+    with transaction(connection, *_SETTINGS, step="restore_identity"):
         claim(connection, token)  # a slow mover would take it from the next one's publication
         connection.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY {}").format(relation(table), how))
         connection.execute(unused)

@@ -266,7 +266,7 @@ def remove_strays(source: Connection, transfer: int) -> None:
 
 def forget_changes(source: Connection, transfer: int, token: int) -> None:
     """Drop what was noted and committed so far: what is compared from now on sees those writes."""
-    with transaction(source, *SHORT):
+    with transaction(source, *SHORT, step="forget_changes"):
         claim(source, token)
         source.execute("DELETE FROM shardkit.changed WHERE transfer_id = %s", (transfer,))
 
@@ -277,7 +277,7 @@ def take_changes(source: Connection, transfer: int, token: int, limit: int) -> l
 
     `MoverSuperseded` where another mover compares now: a note that went to the wrong one would never be looked at.
     """
-    with transaction(source, *SHORT):
+    with transaction(source, *SHORT, step="take_changes"):
         claim(source, token)
         rows = source.execute(
             """
