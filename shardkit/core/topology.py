@@ -1,6 +1,7 @@
 """The topology: which shard owns which arcs, as an immutable value with a version.
 
-Every change makes the next value from the one before (`joined`, `marked`, `cut_over`, `unmarked`, `declared`); who
+Every change makes the next value from the one before (`joined`, `marked`, `cut_over`, `unmarked`, `declared`,
+`reweighted`, `left`, ...); who
 calls them (the mover, the commands) persists the result before a shard sees it. Pure: no I/O, and `to_json` /
 `from_json` are exact inverses, so that the copies on the shards and in the catalog can be compared by digest.
 """
@@ -124,7 +125,8 @@ class Shard:
     """One PostgreSQL database with a name.
 
     ``url`` never holds a password. ``in_transit`` are arcs whose rows may exist here though they are not owned.
-    ``replicas`` are the URLs of its physical standbys that applications may read from.
+    ``replicas`` are the URLs of its physical standbys that applications may read from. One that is ``leaving`` has
+    weight 0, and leaves the topology as soon as it owns nothing.
     """
 
     id: int
@@ -134,6 +136,7 @@ class Shard:
     weight: int = 100
     in_transit: ArcSet = field(default_factory=ArcSet)
     replicas: tuple[str, ...] = ()
+    leaving: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,8 @@ class Topology:
             return "a fence is newer than the topology"
         if any(shard.weight < 0 for shard in self.shards):
             return "a weight is negative"
+        if staying := [shard.name for shard in self.shards if shard.leaving and shard.weight]:
+            return f"shard {staying[0]} is leaving and has a weight"
         if not self.tokens or len(self.tokens) != len(self.owners):
             return "tokens and owners differ in number"
         if self.tokens[-1] != POSITION_MAX or self.tokens[0] < POSITION_MIN:
@@ -260,6 +265,11 @@ class Topology:
         """The arcs that a shard owns."""
         return self._arcs[shard_id]
 
+    def fence_on(self, shard_id: int) -> Fence:
+        """The fence of this topology on a shard. On one that left by it, that is a name which nobody asks for."""
+        shard = self.by_id.get(shard_id)
+        return shard.fence if shard is not None else Fence(self.version, self.digest[:8])
+
     def changed_since(self, before: Topology | None) -> tuple[int, ...]:
         """Ids of the shards whose fence is another than in ``before``."""
         old = {shard.id: shard.fence for shard in before.shards} if before is not None else {}
@@ -270,7 +280,8 @@ class Topology:
         under ``before`` must end first. The other changed shards only gain.
 
         Who writes reference tables writes the shard with the lowest id first. Where a shard joins, that one closes:
-        then nobody is left who would write them without the newcomer."""
+        then nobody is left who would write them without the newcomer. Where one leaves, it closes itself, whichever it
+        is: whoever writes reference tables under ``before`` has it open."""
         if before is None:
             return ()
         joined = before.references and not self.by_id.keys() <= before.by_id.keys()
@@ -349,6 +360,25 @@ class Topology:
         shards = (*self.shards, newcomer)
         return self._next(version, (shard.id for shard in shards), shards=shards)
 
+    def reweighted(self, version: int, weights: Mapping[int, int], leaving: Iterable[int] = ()) -> Self:
+        """Some shards have these weights, by id, and those named as ``leaving``, and no others of them, are to leave.
+        No fence changes: no row changes its shard."""
+        gone = set(leaving)
+        shards = tuple(
+            replace(shard, weight=weights[shard.id], leaving=shard.id in gone)
+            if shard.id in weights
+            else shard
+            for shard in self.shards
+        )
+        return self._next(version, [], shards=shards)
+
+    def left(self, version: int, shard_id: int) -> Self:
+        """A shard that owns and holds nothing leaves. Every fence changes: nobody may go on to count on it."""
+        if self.owned(shard_id) or self.by_id[shard_id].in_transit:
+            raise TopologyInvalid(f"shard {self.by_id[shard_id].name} owns or holds arcs still")
+        shards = tuple(shard for shard in self.shards if shard.id != shard_id)
+        return self._next(version, (shard.id for shard in shards), shards=shards)
+
     def marked(self, version: int, shard_id: int, arcs: ArcSet) -> Self:
         """``arcs`` are in transit on a shard that does not own them: rows of them are about to arrive."""
         shard = self.by_id[shard_id]
@@ -406,8 +436,8 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """The topology as JSON values; `from_json` is the exact inverse.
 
-        What there is none of is left out, so that a topology without reference and home tables, without replicas and
-        without splits is written, and has the digest, as before there were any."""
+        What there is none of is left out, so that a topology without reference and home tables, replicas, splits and
+        shards that leave is written, and has the digest, as before there were any."""
         references = [[table.schema, table.name] for table in self.references]
         homes = [[table.schema, table.name, table.shard] for table in self.homes]
         splits = [
@@ -424,6 +454,7 @@ class Topology:
                     "fence": [shard.fence.version, shard.fence.digest],
                     "in_transit": [list(arc) for arc in shard.in_transit],
                     **({"replicas": list(shard.replicas)} if shard.replicas else {}),
+                    **({"leaving": True} if shard.leaving else {}),
                 }
                 for shard in self.shards
             ],
@@ -448,6 +479,7 @@ class Topology:
                     whole(entry["weight"]),
                     ArcSet(Arc(whole(first), whole(last)) for first, last in listed(entry["in_transit"])),
                     tuple(map(text, listed(entry.get("replicas", [])))),
+                    _flag(entry.get("leaving", False)),
                 )
                 for entry in listed(document["shards"])
             )
@@ -459,6 +491,12 @@ class Topology:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"no truth value: {value!r}")
+    return value
 
 
 def _fence(version: Any, digest: Any) -> Fence:

@@ -25,7 +25,7 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, Mode, Phase
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, inspection, replicaidentity, replication
+from shardkit.storage import change, indoubt, inspection, leaving, replicaidentity, replication
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
@@ -135,8 +135,24 @@ class Mover:
             phases = {row.phase for row in catalog.transfers(job.id)}
             catalog.finish_job(job.id, "done" if Phase.DONE in phases else "aborted")
             finished = catalog.latest_job()
+            if not abort:
+                self._let_go(catalog)
         assert finished is not None
         return finished
+
+    def let_go(self) -> list[str]:
+        """Let the shards leave that are to leave and own nothing any more; their names. Part of `run`, and for those
+        that had nothing to move."""
+        return self._let_go(self.catalog)
+
+    def _let_go(self, catalog: Catalog) -> list[str]:
+        topology = catalog.current()
+        gone: list[str] = []
+        with ShardConnections() as shards:
+            for shard in leaving.ready(topology) if topology is not None else ():
+                leaving.leave(catalog, shards, shard, patience=self._patience)
+                gone.append(shard.name)
+        return gone
 
     def _carry(self, row: TransferRow, abort: bool) -> None:
         """One transfer to its end, through times in which a server is away."""

@@ -63,6 +63,9 @@ def topologies(draw: st.DrawFn) -> Topology:
     for shard_id in draw(st.lists(st.sampled_from(ids), max_size=2)):
         arriving = draw(arc_sets) - topology.owned(shard_id)
         topology = topology.marked(topology.version + draw(st.integers(1, 3)), shard_id, arriving)
+    leaving = draw(st.lists(st.sampled_from(ids), max_size=1))
+    if leaving:
+        topology = topology.reweighted(topology.version + 1, dict.fromkeys(leaving, 0), leaving)
     return topology
 
 

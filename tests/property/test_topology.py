@@ -59,7 +59,8 @@ def variants(topology: Topology) -> Iterator[Topology]:
     for change in (
         {"name": first.name + "-b"},
         {"url": first.url + "?sslmode=require"},
-        {"weight": first.weight + 1},
+        {"weight": 0 if first.leaving else first.weight + 1},
+        {"weight": 0, "leaving": not first.leaving},
         {"in_transit": ~topology.owned(first.id) - first.in_transit},
     ):
         changed: Any = replace(first, **change)
@@ -144,6 +145,21 @@ def test_joining_changes_every_fence_and_no_owner(topology: Topology, data: st.D
     assert not after.owned(shard_id)
     assert not after.named("newcomer").in_transit
     assert after.closing_since(topology) == ()
+
+
+@unhurried
+@given(topologies(), st.data())
+def test_leaving_changes_every_fence_and_no_owner(topology: Topology, data: st.DataObject) -> None:
+    idle = [s.id for s in topology.shards if not topology.owned(s.id) and not s.in_transit]
+    assume(idle)
+    shard_id = data.draw(st.sampled_from(idle))
+    wished = topology.reweighted(topology.version + 1, {shard_id: 0}, leaving=[shard_id])
+    check_step(topology, wished, set())
+    after = wished.left(wished.version + 1, shard_id)
+    check_step(wished, after, {shard.id for shard in after.shards})
+    assert (after.tokens, after.owners) == (topology.tokens, topology.owners)
+    assert after.closing_since(wished) == (shard_id,)
+    assert after.fence_on(shard_id) == Fence(after.version, after.digest[:8])
 
 
 @unhurried

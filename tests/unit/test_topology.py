@@ -182,6 +182,39 @@ def test_a_shard_joins_once(halves: Topology, same: dict[str, Any]) -> None:
         halves.joined(2, **newcomer | same)
 
 
+def test_weights_change_no_fence(halves: Topology) -> None:
+    weighed = halves.reweighted(2, {5: 7})
+    assert [(s.weight, s.leaving) for s in weighed.shards] == [(100, False), (7, False)]
+    assert weighed.changed_since(halves) == weighed.closing_since(halves) == ()
+    assert "leaving" not in json.dumps(weighed.to_json())
+
+
+def test_a_shard_that_is_to_leave_says_so_and_may_stay_after_all(halves: Topology) -> None:
+    wished = halves.reweighted(2, {3: 0}, leaving=[3])
+    assert wished.by_id[3].leaving
+    assert wished.changed_since(halves) == ()
+    assert Topology.from_json(wished.to_json()) == wished
+    assert wished.digest != halves.reweighted(2, {3: 0}).digest
+    assert not wished.reweighted(3, {3: 50}).by_id[3].leaving
+    with pytest.raises(TopologyInvalid, match="east is leaving and has a weight"):
+        halves.reweighted(2, {3: 1}, leaving=[3])
+
+
+def test_a_shard_leaves_when_it_owns_nothing(halves: Topology) -> None:
+    with pytest.raises(TopologyInvalid, match="east owns or holds arcs still"):
+        halves.left(2, 3)
+    moved = halves.marked(2, 5, LOWER).cut_over(3, 3, 5, LOWER)
+    with pytest.raises(TopologyInvalid, match="east owns or holds arcs still"):
+        moved.left(4, 3)
+    before = moved.unmarked(4, 3, LOWER).joined(5, shard_id=9, name="north", url="u", weight=1)
+    after = before.left(6, 3)
+    assert [shard.name for shard in after.shards] == ["west", "north"]
+    assert after.changed_since(before) == (5, 9)
+    assert after.closing_since(before) == (3,), "the one that leaves, though it has the lowest number"
+    assert {after.fence_on(shard_id) for shard_id in (3, 5, 9)} == {Fence(6, after.digest[:8])}
+    assert before.left(6, 9).closing_since(before) == (9,)
+
+
 # --- the document ---------------------------------------------------------------------------------------------------
 
 DOCUMENT: dict[str, Any] = {
