@@ -156,6 +156,7 @@ def _catalog(catalog: Catalog) -> Iterator[Finding]:
     yield _job(catalog)
     yield from _joining(catalog)
     if topology is not None:
+        yield from _leaving(topology)
         yield from _declared(topology)
         yield _shares(catalog, topology)
 
@@ -199,6 +200,18 @@ def _joining(catalog: Catalog) -> Iterator[Finding]:
             f"the database {redacted(url)} was claimed for shard {name}, which never joined",
             "`shardkit shard add` with this name and URL goes on; `DELETE FROM shardkit.shard` there gives it up.",
         )
+
+
+def _leaving(topology: Topology) -> Iterator[Finding]:
+    for shard in topology.shards:
+        if shard.leaving:
+            yield Finding(
+                CATALOG,
+                "leaving",
+                Level.NOTE,
+                f"shard {shard.name} is to leave",
+                f"`shardkit shard remove {shard.name}` goes on; `shard reweight {shard.name}=WEIGHT` keeps it.",
+            )
 
 
 def _declared(topology: Topology) -> Iterator[Finding]:

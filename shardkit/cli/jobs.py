@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 
 from shardkit.core.move import FINAL, sentence
 from shardkit.core.placement import plan
-from shardkit.core.topology import Topology
+from shardkit.core.topology import Shard, Topology
 from shardkit.rebalance.mover import weights_of
+from shardkit.storage import leaving
 from shardkit.storage.catalog import Catalog, Job, TransferRow
 from shardkit.storage.connections import ShardConnections
 
@@ -19,6 +20,7 @@ from .output import duration, size, table
 from .plans import slots
 
 RESUME = "`shardkit rebalance resume` goes on with it; `shardkit rebalance abort` turns back."
+_KEEP = "`shardkit shard reweight NAME=WEIGHT` keeps it."
 
 
 def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
@@ -32,8 +34,12 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
+    rows = catalog.transfers(job.id)
+    names = {shard.id: shard.name for shard in topology.shards}
+    if any(row.source not in names or row.target not in names for row in rows):
+        names = {**catalog.shards_ever(), **names}  # a shard has left since
     with ShardConnections("shardkit status") as shards:
-        transfers = [_transfer(catalog, topology, row, shards) for row in catalog.transfers(job.id)]
+        transfers = [_transfer(catalog, topology, names, row, shards) for row in rows]
     return {
         "id": job.id,
         "kind": job.kind,
@@ -48,14 +54,18 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
 
 
 def _transfer(
-    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections
+    catalog: Catalog,
+    topology: Topology,
+    names: Mapping[int, str],
+    row: TransferRow,
+    shards: ShardConnections,
 ) -> dict[str, Any]:
     rows = row.record.get("certificate", {}).get("rows")
     copied = row.record.get("copy_seconds")
     return {
         "id": row.id,
-        "source": topology.by_id[row.source].name,
-        "target": topology.by_id[row.target].name,
+        "source": names[row.source],
+        "target": names[row.target],
         "slots": slots(row.arcs),
         "phase": row.phase.value,
         "sentence": sentence(row.phase),
@@ -89,9 +99,17 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
         return "`shardkit shard add NAME URL` adds the first shard."
     if not topology.tables:
         return "`shardkit schema declare MODULE:ATTR` declares the sharded tables."
+    if ready := leaving.ready(topology):
+        return f"`shardkit shard remove {_listed(ready)}` lets it leave; {_KEEP}"
     if plan(topology, weights_of(topology)).transfers:
+        if to_leave := [shard for shard in topology.shards if shard.leaving]:
+            return f"`shardkit shard remove {_listed(to_leave)}` drains it and lets it leave; {_KEEP}"
         return "`shardkit rebalance run` gives every shard its share; `shardkit rebalance plan` shows what would move."
     return None
+
+
+def _listed(shards: Iterable[Shard]) -> str:
+    return " ".join(shard.name for shard in shards)
 
 
 def draw(console: Console, job: Mapping[str, Any]) -> None:

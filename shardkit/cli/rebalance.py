@@ -10,14 +10,14 @@ from rich.console import Console
 
 from shardkit.core.errors import JobRunning, NothingToDo
 from shardkit.core.move import Mode
-from shardkit.rebalance.mover import plan_job
-from shardkit.storage.catalog import Catalog
+from shardkit.rebalance.mover import Mover, plan_job
+from shardkit.storage.catalog import Catalog, Job
 from shardkit.storage.connections import ShardConnections
 
 from . import jobs, plans
 from .asking import confirm, refuse_silence
 from .options import INTERVAL_AT_LEAST, AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
-from .output import next_step, result_console, show
+from .output import narrate, next_step, result_console, show
 from .running import PARALLEL, PATIENCE, carry
 
 Watch = Annotated[
@@ -81,11 +81,12 @@ def run(
     """
     planned = look(catalog, mode)
     plans.refuse_problems(planned)
+    planned_next = _after_nothing(catalog) if not planned["transfers"] else None
     if not planned["transfers"]:
         show(
-            {"plan": planned, "job": None, "next": None},
+            {"plan": planned, "job": None, "next": planned_next},
             as_json,
-            lambda console: plans.draw(console, planned),
+            lambda console: _draw_plan(console, planned, planned_next),
         )
         return
     refuse_silence(yes)
@@ -99,20 +100,42 @@ def run(
     show_job(catalog, job, as_json, plan=planned)
 
 
+def _after_nothing(catalog: str) -> str | None:
+    with Catalog.open(catalog) as opened:
+        return jobs.next_step(opened, opened.current())
+
+
+def _draw_plan(console: Console, planned: dict[str, Any], todo: str | None) -> None:
+    plans.draw(console, planned)
+    if todo is not None:
+        next_step(console, todo)
+
+
 def resume(
     catalog: CatalogUrl, parallel: Parallel = PARALLEL, patience: Patience = PATIENCE, as_json: AsJson = False
 ) -> None:
     """Go on with the unfinished job from the phases that the catalog holds, and settle an interrupted change."""
     with Catalog.open(catalog) as opened:
         pending = opened.proposed() is not None
-    try:
-        job = carry(catalog, lambda mover: mover.run(), parallel=parallel, patience=patience)
-    except NothingToDo:
-        if not pending:
-            raise
+    job = carry(catalog, lambda mover: _go_on(mover, pending), parallel=parallel, patience=patience)
+    if job is None:
         _show_settled(catalog, as_json)
-        return
-    show_job(catalog, job, as_json)
+    else:
+        show_job(catalog, job, as_json)
+
+
+def _go_on(mover: Mover, pending: bool) -> Job | None:
+    """The unfinished job, or what is left to do without one: a change that the mover has settled as it began, shards
+    that are drained and have not left."""
+    try:
+        return mover.run()
+    except NothingToDo:
+        gone = mover.let_go()
+        for name in gone:
+            narrate(f"Shard {name} has left.")
+        if not gone and not pending:
+            raise
+        return None
 
 
 def _show_settled(catalog: str, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, overload
 
 from shardkit.core.errors import MoverStopped
 from shardkit.core.move import FINAL
@@ -23,13 +23,27 @@ PARALLEL = 2
 PATIENCE = 120.0
 
 
-def carry(catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patience: float) -> dict[str, Any]:
-    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal ended it."""
+@overload
+def carry(
+    catalog_url: str, act: Callable[[Mover], Job], *, parallel: int, patience: float
+) -> dict[str, Any]: ...
+
+
+@overload
+def carry(
+    catalog_url: str, act: Callable[[Mover], Job | None], *, parallel: int, patience: float
+) -> dict[str, Any] | None: ...
+
+
+def carry(
+    catalog_url: str, act: Callable[[Mover], Job | None], *, parallel: int, patience: float
+) -> dict[str, Any] | None:
+    """Let a mover ``act`` under the lease; the job's document, if there is one. `MoverStopped` if a signal ended it."""
     with Bars() as bars, _stoppable(bars) as stop:
         try:
             with Mover(catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop) as mover:
                 job = act(mover)
-                return {**jobs.describe(mover.catalog, job), "mover": None}
+                return None if job is None else {**jobs.describe(mover.catalog, job), "mover": None}
         except Interrupted as error:
             where = [
                 f"{progress.source} -> {progress.target} is {progress.phase.value}"

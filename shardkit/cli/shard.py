@@ -1,4 +1,4 @@
-"""`shardkit shard`: add, list; `replica` is in a module of its own."""
+"""`shardkit shard`: add, list; the other commands are in modules of their own."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from shardkit.storage.urls import redacted, sqlalchemy_url, without_password
 from . import jobs, plans
 from .asking import confirm, refuse_silence
 from .models import METAVAR, Provisional, load
-from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, Yes, one_of
+from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, PlanOnly, Yes, one_of
 from .output import narrate, next_step, percent, show, table
 from .reach import Lent
+from .remove import remove
 from .replica import replica
+from .reweight import reweight
 from .running import PARALLEL, PATIENCE, carry
 
 
@@ -76,10 +78,6 @@ Models = Annotated[
         help="Create the missing tables of these models there first.",
     ),
 ]
-PlanOnly = Annotated[
-    bool,
-    typer.Option("--plan-only", envvar="SHARDKIT_PLAN_ONLY", help="Show what would move; change nothing."),
-]
 NoRun = Annotated[
     bool,
     typer.Option("--no-run", envvar="SHARDKIT_NO_RUN", help="Let it join, owning nothing; move no row yet."),
@@ -90,6 +88,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="The PostgreSQL databases that hold the keys.", no_args_is_help=True)
     group.command("add")(add)
+    group.command("remove")(remove)
+    group.command("reweight")(reweight)
     group.command("list")(list_)
     group.command("replica")(replica)
     app.add_typer(group, name="shard")
@@ -251,7 +251,8 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
         numbers = ("weight", "slots", "share", "arcs")
         rows = []
         for e in entries:
-            rows.append([e["name"], e["weight"], e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]])
+            weight = "leaving" if e["leaving"] else e["weight"]
+            rows.append([e["name"], weight, e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]])
             rows += [["", None, None, None, None, f"replica {url}"] for url in e["replicas"]]
         console.print(table(("shard", *numbers, "database"), rows, right=numbers))
         next_step(console, todo)
@@ -262,7 +263,7 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 
 def describe(topology: Topology) -> list[dict[str, Any]]:
     """The shards as documents: ``id``, ``name``, ``url``, ``weight``, ``slots``, ``arcs``, ``arcs_in_transit``,
-    ``replicas``."""
+    ``replicas``, ``leaving``."""
     return [
         {
             "id": shard.id,
@@ -273,6 +274,7 @@ def describe(topology: Topology) -> list[dict[str, Any]]:
             "arcs": len(topology.owned(shard.id)),
             "arcs_in_transit": len(shard.in_transit),
             "replicas": [redacted(url) for url in shard.replicas],
+            "leaving": shard.leaving,
         }
         for shard in topology.shards
     ]
