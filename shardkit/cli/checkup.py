@@ -250,13 +250,15 @@ def _references(topology: Topology, connections: Mapping[int, Connection]) -> It
 
 
 def _shares(catalog: Catalog, topology: Topology) -> Finding:
-    moved = plan(topology, weights_of(topology)).slots_moved
-    if moved and catalog.running_job() is None:
+    placement = plan(topology, weights_of(topology))
+    if placement.transfers and catalog.running_job() is None:
         return Finding(
             CATALOG,
             "shares",
             Level.NOTE,
-            f"{moved:,} slots are not where the weights want them",
+            f"{count(placement.slots_moved, 'slot')} and pinned keys are not where weights and pins want them"
+            if topology.pins
+            else f"{count(placement.slots_moved, 'slot')} are not where the weights want them",
             "`shardkit rebalance run` moves them.",
         )
     return Finding(

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from .documents import listed, text, whole
 from .errors import NoSuchShard, TopologyInvalid
-from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
+from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet, slot_arc, slot_of
 from .residues import STRIDE_MAX
 from .ring import Ring
 
@@ -139,6 +139,24 @@ class Shard:
     leaving: bool = False
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Pin:
+    """An arc that is to be on a shard, named by its id, whatever the weights say: a whole slot, or one position."""
+
+    arc: Arc
+    shard: int
+
+    @property
+    def slot(self) -> int:
+        """The slot that it is, or lies in."""
+        return slot_of(self.arc.first)
+
+    @property
+    def is_slot(self) -> bool:
+        """Whether it is a whole slot."""
+        return self.arc == slot_arc(self.slot)
+
+
 @dataclass(frozen=True)
 class Topology:
     """Shards and tokens under a version.
@@ -146,7 +164,8 @@ class Topology:
     ``tokens`` are strictly increasing positions, the last one the largest position, so that no arc wraps round;
     ``owners[i]`` is the id of the shard that owns the positions after ``tokens[i - 1]`` up to ``tokens[i]``.
     ``tables`` are the sharded tables: what a move carries. ``whole`` are the reference and home tables, which no move
-    carries. ``splits`` are the sharded tables whose primary keys are numbered by disjoint sequences.
+    carries. ``splits`` are the sharded tables whose primary keys are numbered by disjoint sequences. ``pins`` are arcs
+    with a place of their own, in order; who owns them now is another matter.
     """
 
     version: int
@@ -156,6 +175,7 @@ class Topology:
     tables: tuple[ShardedTable, ...] = ()
     whole: tuple[WholeTable, ...] = ()
     splits: tuple[Split, ...] = ()
+    pins: tuple[Pin, ...] = ()
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -202,7 +222,7 @@ class Topology:
             return "a table is declared twice"
         if homeless := [table for table in self.homes if table.shard not in names]:
             return f"the home of table {homeless[0]} is no shard"
-        return self._split_problem(max(ids))
+        return self._split_problem(max(ids)) or self._problem_of_pins()
 
     def _split_problem(self, highest: int) -> str | None:
         names = [(split.schema, split.name) for split in self.splits]
@@ -213,6 +233,19 @@ class Topology:
                 return f"the ids of {split} are split, which is no sharded table"
             if not highest < split.stride <= STRIDE_MAX:
                 return f"the ids of {split} are split by {split.stride}, and a shard has the number {highest}"
+        return None
+
+    def _problem_of_pins(self) -> str | None:
+        staying = {shard.id for shard in self.shards if not shard.leaving}
+        before = POSITION_MIN - 1
+        for pin in self.pins:
+            if pin.arc.width != 1 and not pin.is_slot:
+                return f"the pin {pin.arc} is neither a slot nor a position"
+            if pin.arc.first <= before:
+                return f"the pin {pin.arc} is out of order or in another"
+            if pin.shard not in staying:
+                return f"the pin {pin.arc} is to no shard, or to one that is leaving"
+            before = pin.arc.last
         return None
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -399,7 +432,7 @@ class Topology:
             raise TopologyInvalid(f"shard {source} does not own all of {arcs}")
         if not self.by_id[target].in_transit.issuperset(arcs):
             raise TopologyInvalid(f"shard {target} does not hold all of {arcs} in transit")
-        tokens, owners = _assigned(self.tokens, self.owners, arcs, target)
+        tokens, owners = assigned(self.tokens, self.owners, arcs, target)
         shards = tuple(
             replace(shard, in_transit=shard.in_transit | arcs)
             if shard.id == source
@@ -409,6 +442,19 @@ class Topology:
             for shard in self.shards
         )
         return self._next(version, [source, target], shards=shards, tokens=tokens, owners=owners)
+
+    def pinned(self, version: int, arc: Arc, shard_id: int) -> Self:
+        """An arc is pinned to a shard, wherever it was pinned before. No fence changes: no row changes its shard."""
+        others = (pin for pin in self.pins if pin.arc != arc)
+        return self._next(version, [], pins=tuple(sorted((*others, Pin(arc, shard_id)))))
+
+    def unpinned(self, version: int, arc: Arc) -> Self:
+        """An arc is pinned no more. No fence changes."""
+        return self._next(version, [], pins=tuple(pin for pin in self.pins if pin.arc != arc))
+
+    def pin_of(self, position: int) -> Pin | None:
+        """The pin that holds a position."""
+        return next((pin for pin in self.pins if position in pin.arc), None)
 
     def declared(self, version: int, tables: Iterable[DeclaredTable]) -> Self:
         """The tables are these. No fence changes: no row changes its shard."""
@@ -436,8 +482,8 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """The topology as JSON values; `from_json` is the exact inverse.
 
-        What there is none of is left out, so that a topology without reference and home tables, replicas, splits and
-        shards that leave is written, and has the digest, as before there were any."""
+        What there is none of is left out, so that a topology without reference and home tables, replicas, splits, pins
+        and shards that leave is written, and has the digest, as before there were any."""
         references = [[table.schema, table.name] for table in self.references]
         homes = [[table.schema, table.name, table.shard] for table in self.homes]
         splits = [
@@ -464,6 +510,7 @@ class Topology:
             **({"references": references} if references else {}),
             **({"homes": homes} if homes else {}),
             **({"splits": splits} if splits else {}),
+            **({"pins": [[*pin.arc, pin.shard] for pin in self.pins]} if self.pins else {}),
         }
 
     @classmethod
@@ -487,7 +534,14 @@ class Topology:
             tokens, owners = (tuple(map(whole, listed(document[name]))) for name in ("tokens", "owners"))
             splits = tuple(_split(*listed(entry)) for entry in listed(document.get("splits", [])))
             return cls(
-                whole(document["version"]), shards, tokens, owners, tables, _whole_tables(document), splits
+                whole(document["version"]),
+                shards,
+                tokens,
+                owners,
+                tables,
+                _whole_tables(document),
+                splits,
+                _pins(document),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
@@ -501,6 +555,21 @@ def _flag(value: Any) -> bool:
 
 def _fence(version: Any, digest: Any) -> Fence:
     return Fence(whole(version), text(digest))
+
+
+def _pins(document: Mapping[str, Any]) -> tuple[Pin, ...]:
+    if "pins" not in document:
+        return ()
+    pins = tuple(_pin(*map(whole, listed(entry))) for entry in listed(document["pins"]))
+    if not pins:
+        raise ValueError("an empty list of pins, which is left out")
+    return pins
+
+
+def _pin(first: int, last: int, shard: int) -> Pin:
+    if not POSITION_MIN <= first <= last <= POSITION_MAX:
+        raise ValueError(f"no arc: {first}..{last}")
+    return Pin(Arc(first, last), shard)
 
 
 def _table(schema: str, name: str, key: str, key_type: str) -> ShardedTable:
@@ -525,7 +594,7 @@ def _canonical(document: Mapping[str, Any]) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def _assigned(
+def assigned(
     tokens: Sequence[int], owners: Sequence[int], arcs: ArcSet, owner: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens and owners after ``arcs`` were given to ``owner``, with no token that separates equal owners."""

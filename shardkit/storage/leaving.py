@@ -63,6 +63,10 @@ def _of_topology(current: Topology, shard: Shard) -> Iterator[str]:
     homes = [str(table) for table in current.homes if table.shard == shard.name]
     if homes:
         yield f"it is the home of {', '.join(homes)}, whose rows are nowhere else: keep it, and drain it by weight 0"
+    pins = [pin for pin in current.pins if pin.shard == shard.id]
+    if pins:
+        listed = ", ".join(f"slot {pin.slot}" if pin.is_slot else f"a key in slot {pin.slot}" for pin in pins)
+        yield f"pinned to it: {listed}; `shardkit shard unpin` them, or `shardkit shard pin` them to another"
 
 
 def _on_server(current: Topology, shard: Shard, connection: Connection) -> Iterator[str]:

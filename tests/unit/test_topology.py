@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from shardkit.core.errors import NoSuchShard, TopologyInvalid
-from shardkit.core.keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
-from shardkit.core.topology import Fence, Shard, ShardedTable, Topology
+from shardkit.core.keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet, slot_arc
+from shardkit.core.topology import Fence, Pin, Shard, ShardedTable, Topology
 
 LOWER, UPPER = ArcSet([Arc(POSITION_MIN, -1)]), ArcSet([Arc(0, POSITION_MAX)])
 USERS = ShardedTable("public", "users", "id", "int")
@@ -213,6 +213,30 @@ def test_a_shard_leaves_when_it_owns_nothing(halves: Topology) -> None:
     assert after.closing_since(before) == (3,), "the one that leaves, though it has the lowest number"
     assert {after.fence_on(shard_id) for shard_id in (3, 5, 9)} == {Fence(6, after.digest[:8])}
     assert before.left(6, 9).closing_since(before) == (9,)
+
+
+def test_pins_change_no_fence(halves: Topology) -> None:
+    arc, position = slot_arc(9), Arc(5, 5)
+    pinned = halves.pinned(2, arc, 5).pinned(3, position, 3)
+    assert pinned.pins == (Pin(arc, 5), Pin(position, 3))
+    assert [pin.is_slot for pin in pinned.pins] == [True, False]
+    assert pinned.changed_since(halves) == pinned.closing_since(halves) == ()
+    assert Topology.from_json(pinned.to_json()) == pinned
+    assert pinned.pinned(4, arc, 3).pins == (Pin(arc, 3), Pin(position, 3))
+    assert pinned.pin_of(5) == Pin(position, 3)
+    assert pinned.pin_of(6) is None
+    assert "pins" not in json.dumps(pinned.unpinned(4, arc).unpinned(5, position).to_json())
+    with pytest.raises(TopologyInvalid, match="empty list of pins"):
+        Topology.from_json(halves.to_json() | {"pins": []})
+    refused: list[tuple[Callable[[], Topology], str]] = [
+        (lambda: pinned.pinned(4, Arc(arc.first, arc.first), 5), "out of order or in another"),
+        (lambda: pinned.pinned(4, Arc(0, 1), 5), "neither a slot nor a position"),
+        (lambda: pinned.pinned(4, Arc(7, 7), 8), "to no shard"),
+        (lambda: pinned.reweighted(4, {5: 0}, [5]), "to one that is leaving"),
+    ]
+    for wrong, why in refused:
+        with pytest.raises(TopologyInvalid, match=why):
+            wrong()
 
 
 # --- the document ---------------------------------------------------------------------------------------------------
