@@ -27,6 +27,7 @@ from .asking import confirm, refuse_silence
 from .models import METAVAR, Provisional, load
 from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, PlanOnly, Yes, one_of
 from .output import narrate, next_step, percent, show, table
+from .pin import pin, unpin
 from .reach import Lent
 from .remove import remove
 from .replica import replica
@@ -90,6 +91,9 @@ def register(app: typer.Typer) -> None:
     group.command("add")(add)
     group.command("remove")(remove)
     group.command("reweight")(reweight)
+    # A negative number is a key and no flag.
+    group.command("pin", context_settings={"ignore_unknown_options": True})(pin)
+    group.command("unpin", context_settings={"ignore_unknown_options": True})(unpin)
     group.command("list")(list_)
     group.command("replica")(replica)
     app.add_typer(group, name="shard")
@@ -246,6 +250,7 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
         topology = opened.current()
         todo = jobs.next_step(opened, topology)
     entries = describe(topology) if topology is not None else []
+    pins = plans.pins(topology) if topology is not None else []
 
     def draw(console: Console) -> None:
         numbers = ("weight", "slots", "share", "arcs")
@@ -255,10 +260,11 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
             rows.append([e["name"], weight, e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]])
             rows += [["", None, None, None, None, f"replica {url}"] for url in e["replicas"]]
         console.print(table(("shard", *numbers, "database"), rows, right=numbers))
+        plans.draw_pins(console, pins)
         next_step(console, todo)
 
     version = topology.version if topology is not None else None
-    show({"version": version, "shards": entries, "next": todo}, as_json, draw)
+    show({"version": version, "shards": entries, "pins": pins, "next": todo}, as_json, draw)
 
 
 def describe(topology: Topology) -> list[dict[str, Any]]:
