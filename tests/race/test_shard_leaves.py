@@ -6,6 +6,7 @@ The shard with the lowest number leaves in most of these, as it is the one that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from sqlalchemy.orm import Session
 import shardkit
 from shardkit.core.errors import MoveWaiting, NoSuchShard, PreflightFailed, TopologyChanged
 from shardkit.core.topology import Topology
-from shardkit.storage import leaving, membership
+from shardkit.storage import change, indoubt, leaving, membership
 from shardkit.storage.connections import connect, value
+from shardkit.storage.indoubt import State
 from shardkit.storage.twophase import name_of, new_gid
 from tests.fix_postgres import FreshDatabase
 from tests.race.test_reference_join import RATES, Base, Rate, Writer, newcomer
@@ -324,6 +326,38 @@ def test_a_decision_that_is_followed_everywhere_goes_first(three: ShardedCluster
     leave(three, "s0")
     assert three.query("s2", "SELECT name FROM public.users") == [("decided",)]
     assert not three.query("s2", "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()")
+
+
+def test_what_was_never_decided_is_given_up_though_the_shard_has_left(three: ShardedCluster) -> None:
+    """As on a shard that was away when the deciding one left; but not where only the catalog knows nothing of it."""
+    drain(three, "s0")
+    name = in_doubt(three, "s0", "s2")
+    three.admin("s0").execute("DELETE FROM shardkit.decision")
+    topology = three.topology
+    leave_with_parts(three)
+    prepared = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"
+    assert three.query("s2", prepared) == [(name,)]
+    older = replace(topology, shards=tuple(shard for shard in topology.shards if shard.name != "s0"))
+    (doubt,) = indoubt.recover(older, three.shards)
+    assert doubt.state is State.UNKNOWN, "that topology is older than the copy of the shard"
+    (doubt,) = indoubt.look(three.topology, three.shards)
+    assert doubt.state is State.GIVEN_UP
+    (doubt,) = indoubt.recover(three.topology, three.shards)
+    assert doubt.state is State.GIVEN_UP
+    assert not three.query("s2", prepared)
+    assert three.query("s2", "SELECT name FROM public.users") == [("before",)]
+
+
+def leave_with_parts(three: ShardedCluster) -> None:
+    """The leaving, had the shard with the part been away until the others were opened."""
+    shard = three.topology.named("s0")
+
+    def without(before: Topology | None, version: int) -> Topology:
+        assert before is not None
+        return before.left(version, shard.id)
+
+    with three.lease() as catalog:
+        change.apply(catalog, three.shards, without)
 
 
 def test_a_decision_that_cannot_be_followed_keeps_the_shard(
