@@ -9,6 +9,7 @@ import typer
 
 from shardkit.core.errors import NothingToDo, Refused, UsageError
 from shardkit.core.keyrange import Arc, ArcSet, hex_position, slot_arc, slot_of
+from shardkit.core.move import Mode
 from shardkit.core.placement import Placement
 from shardkit.core.ring import position
 from shardkit.core.topology import Pin, ShardedTable, Topology
@@ -18,7 +19,7 @@ from shardkit.storage.connections import ShardConnections
 
 from . import placing, plans
 from .asking import confirm, refuse_silence
-from .options import AsJson, CatalogUrl, Parallel, Patience, PlanOnly, Yes, one_of
+from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, PlanOnly, Yes, one_of
 from .output import count, narrate
 from .route import Family, KeyFamily, guess, narrate_type, parse
 from .running import PARALLEL, PATIENCE
@@ -66,6 +67,7 @@ def pin(
     exact: Exact = False,
     plan_only: PlanOnly = False,
     yes: Yes = False,
+    mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
     as_json: AsJson = False,
@@ -75,6 +77,7 @@ def pin(
     A slot is a 65,536th of the ring, so other keys come along; with --exact only those of the same position, of which
     integer keys can have some. What is told of them is counted if that takes no time.
     """
+    job = None
     with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
         topology = placing.current(opened)
         place = _place(topology, key, table, type_)
@@ -88,13 +91,13 @@ def pin(
             lambda now, version: now.pinned(version, arc, shard.id),
             told,
         )
-        placement, planned = placing.look(opened, shards, topology, wish)
+        placement, planned = placing.look(opened, shards, topology, wish, mode)
         shared = _shared(topology, shards, arc)
     _narrate_sharing(place, exact, shared)
     entry = {**_described(place, exact), "shard": name, "shares": shared}
-    _carry(
-        catalog, wish, placement, {"pin": entry, "plan": planned}, as_json, plan_only, yes, parallel, patience
-    )
+    if not plan_only:
+        job = _carried(catalog, wish, placement, planned, yes, placing.How(mode, parallel, patience))
+    placing.show_done(catalog, {"pin": entry, "plan": planned, "job": job}, as_json, plan_only=plan_only)
 
 
 def unpin(
@@ -104,11 +107,13 @@ def unpin(
     type_: Family = None,
     plan_only: PlanOnly = False,
     yes: Yes = False,
+    mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
     as_json: AsJson = False,
 ) -> None:
     """Let a key, or the slot that was pinned for it, be placed by weight again."""
+    job = None
     with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
         topology = placing.current(opened)
         place = _place(topology, key, table, type_)
@@ -123,19 +128,11 @@ def unpin(
         wish = placing.Wish(
             f"unpin {_called(arc)}", "unpin", lambda now, version: now.unpinned(version, arc), told
         )
-        placement, planned = placing.look(opened, shards, topology, wish)
+        placement, planned = placing.look(opened, shards, topology, wish, mode)
     entry = {**_described(place, not found.is_slot), "shard": topology.by_id[found.shard].name}
-    _carry(
-        catalog,
-        wish,
-        placement,
-        {"unpinned": entry, "plan": planned},
-        as_json,
-        plan_only,
-        yes,
-        parallel,
-        patience,
-    )
+    if not plan_only:
+        job = _carried(catalog, wish, placement, planned, yes, placing.How(mode, parallel, patience))
+    placing.show_done(catalog, {"unpinned": entry, "plan": planned, "job": job}, as_json, plan_only=plan_only)
 
 
 # --- what is pinned -------------------------------------------------------------------------------------------------
@@ -220,22 +217,16 @@ def _described(place: Place, exact: bool) -> dict[str, Any]:
     }
 
 
-def _carry(
+def _carried(
     catalog: str,
     wish: placing.Wish,
     placement: Placement,
-    document: dict[str, Any],
-    as_json: bool,
-    plan_only: bool,
+    planned: dict[str, Any],
     yes: bool,
-    parallel: int,
-    patience: float,
-) -> None:
-    job = None
-    if not plan_only:
-        if placement.transfers:
-            plans.refuse_problems(document["plan"])
-            refuse_silence(yes)
-            confirm(document["plan"], yes)
-        job = placing.carry_out(catalog, wish, placement, parallel=parallel, patience=patience)
-    placing.show_done(catalog, {**document, "job": job}, as_json, plan_only=plan_only)
+    how: placing.How,
+) -> dict[str, Any] | None:
+    if placement.transfers:
+        plans.refuse_problems(planned)
+        refuse_silence(yes)
+        confirm(planned, yes)
+    return placing.carry_out(catalog, wish, placement, how)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from shardkit.core.errors import JobRunning, NothingToDo, RetryLater
+from shardkit.core.move import Mode
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import Topology
 from shardkit.rebalance.mover import Mover, weights_of
@@ -49,6 +50,14 @@ class Wish:
         return plan(wanted, weights_of(wanted))
 
 
+class How(NamedTuple):
+    """How a job is to be carried out: by which mode, with how many transfers side by side, and with what patience."""
+
+    mode: Mode
+    parallel: int
+    patience: float
+
+
 def current(catalog: Catalog) -> Topology:
     """The topology in force; `NothingToDo` before the first shard."""
     topology = catalog.current()
@@ -58,18 +67,16 @@ def current(catalog: Catalog) -> Topology:
 
 
 def look(
-    catalog: Catalog, shards: ShardConnections, topology: Topology, wish: Wish
+    catalog: Catalog, shards: ShardConnections, topology: Topology, wish: Wish, mode: Mode
 ) -> tuple[Placement, dict[str, Any]]:
     """What would move, for the program and as a document; `JobRunning` while a job is unfinished."""
     if catalog.running_job() is not None:
         raise JobRunning
     placement = wish.placement(topology)
-    return placement, plans.describe(wish.next(topology), placement, shards)
+    return placement, plans.describe(wish.next(topology), placement, shards, mode)
 
 
-def carry_out(
-    catalog_url: str, wish: Wish, placement: Placement, *, parallel: int, patience: float
-) -> dict[str, Any] | None:
+def carry_out(catalog_url: str, wish: Wish, placement: Placement, how: How) -> dict[str, Any] | None:
     """Record the wish and move what ``placement`` says; the job's document, or None if nothing had to move.
 
     `RetryLater`, with nothing changed, if another placement is due by now.
@@ -89,12 +96,12 @@ def carry_out(
             with ShardConnections() as shards:
                 leaving.record(catalog, shards, wish.make, event=wish.event, told=wish.told)
         if placement.transfers:
-            mover.start(wish.kind)
+            mover.start(wish.kind, mode=how.mode)
             return mover.run()
         mover.let_go()
         return None
 
-    return carry(catalog_url, act, parallel=parallel, patience=patience)
+    return carry(catalog_url, act, parallel=how.parallel, patience=how.patience)
 
 
 def show_done(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from shardkit.core.errors import JobRunning, UsageError
+from shardkit.core.move import Mode
 from shardkit.core.topology import Topology
 from shardkit.storage import leaving
 from shardkit.storage.catalog import Catalog
@@ -17,7 +18,7 @@ from shardkit.storage.urls import redacted
 
 from . import placing, plans
 from .asking import confirm, refuse_silence
-from .options import AsJson, CatalogUrl, Parallel, Patience, PlanOnly, Yes
+from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, PlanOnly, Yes
 from .output import narrate
 from .running import PARALLEL, PATIENCE, carry
 
@@ -49,6 +50,7 @@ def remove(
     catalog: CatalogUrl,
     plan_only: PlanOnly = False,
     yes: Yes = False,
+    mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
     as_json: AsJson = False,
@@ -67,7 +69,7 @@ def remove(
         goes_on = _goes_on(opened, going)
         if going.names and not goes_on:
             leaving.refuse(leaving.problems(going.topology, shards, going.names), going.names)
-            placement, planned = placing.look(opened, shards, going.topology, going.wish)
+            placement, planned = placing.look(opened, shards, going.topology, going.wish, mode)
     if not plan_only:
         if goes_on:
             narrate("The job that drains it is unfinished: going on with it.")
@@ -76,7 +78,7 @@ def remove(
             plans.refuse_problems(planned)
             refuse_silence(yes)
             confirm(planned, yes, f"Let {' and '.join(going.names)} leave the cluster now?")
-            job = placing.carry_out(catalog, going.wish, placement, parallel=parallel, patience=patience)
+            job = placing.carry_out(catalog, going.wish, placement, placing.How(mode, parallel, patience))
         _tell_left(catalog, shown)
     document = {"shards": shown, "plan": planned, "job": job}
     placing.show_done(catalog, document, as_json, plan_only=plan_only, says=_says(shown))

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from shardkit.core.errors import UsageError
+from shardkit.core.move import Mode
 from shardkit.core.topology import Topology
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 
 from . import placing, plans
 from .asking import confirm, refuse_silence
-from .options import AsJson, CatalogUrl, Parallel, Patience, PlanOnly, Yes
+from .options import AsJson, CatalogUrl, MoveMode, Parallel, Patience, PlanOnly, Yes
 from .output import narrate
 from .running import PARALLEL, PATIENCE
 
@@ -28,6 +29,7 @@ def reweight(
     catalog: CatalogUrl,
     plan_only: PlanOnly = False,
     yes: Yes = False,
+    mode: MoveMode = Mode.AUTO,
     parallel: Parallel = PARALLEL,
     patience: Patience = PATIENCE,
     as_json: AsJson = False,
@@ -42,14 +44,14 @@ def reweight(
     with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
         topology = placing.current(opened)
         wish = _wish(topology, given)
-        placement, planned = placing.look(opened, shards, topology, wish)
+        placement, planned = placing.look(opened, shards, topology, wish, mode)
     job = None
     if not plan_only:
         if placement.transfers:
             plans.refuse_problems(planned)
             refuse_silence(yes)
             confirm(planned, yes)
-        job = placing.carry_out(catalog, wish, placement, parallel=parallel, patience=patience)
+        job = placing.carry_out(catalog, wish, placement, placing.How(mode, parallel, patience))
         if job is None:
             narrate("The weights are recorded.")
     document = {

@@ -84,7 +84,7 @@ def test_a_key_alone(two: Shards, call: Program) -> None:
         3, f"The position {place} is pinned to s2", "holds it"
     )
 
-    back = call("shard", "unpin", str(key), "--yes", "--json").ok().document
+    back = call("shard", "unpin", str(key), "--mode", "locked", "--yes", "--json").ok().document
     assert back["unpinned"]["exact"] is True
     assert where(two, key) == ["s1"]
     call("shard", "unpin", str(key), "--yes").failed(3, "is pinned")
