@@ -17,11 +17,11 @@ def refuse_silence(yes: bool, hint: str = "Add --yes to move without asking.") -
         raise UsageError("Nobody can be asked here: stdin is no terminal.", hint=hint)
 
 
-def confirm(plan: dict[str, Any], yes: bool) -> None:
+def confirm(plan: dict[str, Any], yes: bool, question: str = "Move them now?") -> None:
     """Show the plan on stderr and ask; `NotConfirmed` for any answer but yes."""
     plans.draw(narration_console(), plan)
     if not yes:
-        ask("Move them now?")
+        ask(question)
 
 
 def ask(question: str) -> None:

@@ -157,6 +157,7 @@ def _catalog(catalog: Catalog) -> Iterator[Finding]:
     yield _job(catalog)
     yield from _joining(catalog)
     if topology is not None:
+        yield from _leaving(topology)
         yield from _declared(topology)
         yield _shares(catalog, topology)
 
@@ -207,6 +208,18 @@ def _joining(catalog: Catalog) -> Iterator[Finding]:
         )
 
 
+def _leaving(topology: Topology) -> Iterator[Finding]:
+    for shard in topology.shards:
+        if shard.leaving:
+            yield Finding(
+                CATALOG,
+                "leaving",
+                Level.NOTE,
+                f"shard {shard.name} is to leave",
+                f"`shardkit shard remove {shard.name}` goes on; `shard reweight {shard.name}=WEIGHT` keeps it.",
+            )
+
+
 def _declared(topology: Topology) -> Iterator[Finding]:
     if not topology.declared_tables:
         yield Finding(
@@ -246,13 +259,15 @@ def _references(topology: Topology, connections: Mapping[int, Connection]) -> It
 
 
 def _shares(catalog: Catalog, topology: Topology) -> Finding:
-    moved = plan(topology, weights_of(topology)).slots_moved
-    if moved and catalog.running_job() is None:
+    placement = plan(topology, weights_of(topology))
+    if placement.transfers and catalog.running_job() is None:
         return Finding(
             CATALOG,
             "shares",
             Level.NOTE,
-            f"{moved:,} slots are not where the weights want them",
+            f"{count(placement.slots_moved, 'slot')} and pinned keys are not where weights and pins want them"
+            if topology.pins
+            else f"{count(placement.slots_moved, 'slot')} are not where the weights want them",
             "`shardkit rebalance run` moves them.",
         )
     return Finding(

@@ -46,6 +46,16 @@ KillMover = Annotated[
         help="Kill the mover with SIGKILL there and let `rebalance resume` go on; can be repeated.",
     ),
 ]
+Reweight = Annotated[
+    bool,
+    typer.Option(
+        "--reweight", envvar="SHARDKIT_DEMO_REWEIGHT", help="Then give another shard twice its weight."
+    ),
+]
+Remove = Annotated[
+    bool,
+    typer.Option("--remove", envvar="SHARDKIT_DEMO_REMOVE", help="Then remove one of the first shards."),
+]
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="PATH", help="Write the result there as JSON; `-` is stdout."),
@@ -62,9 +72,13 @@ def demo(
     clients: Clients = 3,
     seconds: Seconds = 20.0,
     kill_mover: KillMover = None,
+    reweight: Reweight = False,
+    remove: Remove = False,
     json_to: Json = None,
 ) -> None:
     """Add a shard while several processes read and write, then check every write that was acknowledged.
+
+    With --reweight and --remove it changes a weight and removes a shard after that, while they go on.
 
     Starts three real PostgreSQL servers of its own; nothing of them is left afterwards. Ends with status 0 only if
     every check holds, 4 otherwise.
@@ -75,7 +89,7 @@ def demo(
     target = json_to or (STDOUT if wants_json(()) else None)
     if target not in (None, STDOUT):
         _refuse_unwritable(Path(str(target)))
-    options = Options(users, clients, seconds, tuple(kill_mover or ()))
+    options = Options(users, clients, seconds, tuple(kill_mover or ()), reweight=reweight, remove=remove)
     with _interruptible(), Demo(options, Narrator(narration_console())) as running:
         report = running.run()
     document = report.as_dict()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 
 from shardkit.core.move import FINAL, STILL, sentence
 from shardkit.core.placement import plan
-from shardkit.core.topology import Topology
+from shardkit.core.topology import Shard, Topology
 from shardkit.rebalance.mover import weights_of
+from shardkit.storage import leaving
 from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import ShardConnections
 
@@ -24,6 +25,7 @@ ROLLED_BACK = (
     "the weights still ask for what was rolled back: `shardkit shard reweight` makes them those of now, `shardkit "
     "rebalance run` moves the rows again."
 )
+_KEEP = "`shardkit shard reweight NAME=WEIGHT` keeps it."
 
 
 def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
@@ -41,10 +43,14 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
     """
     topology = catalog.current()
     assert topology is not None  # there is no job without shards
+    rows = catalog.transfers(job.id)
+    names = {shard.id: shard.name for shard in topology.shards}
+    if any(row.source not in names or row.target not in names for row in rows):
+        names = {**catalog.shards_ever(), **names}  # a shard has left since
     holder = catalog.lease_holder()
     with ShardConnections("shardkit status") as shards:
         transfers = [
-            _transfer(catalog, topology, row, shards, holder is not None) for row in catalog.transfers(job.id)
+            _transfer(catalog, topology, names, row, shards, holder is not None) for row in rows
         ]
     return {
         "id": job.id,
@@ -62,14 +68,19 @@ def describe(catalog: Catalog, job: Job) -> dict[str, Any]:
 
 
 def _transfer(
-    catalog: Catalog, topology: Topology, row: TransferRow, shards: ShardConnections, at_work: bool
+    catalog: Catalog,
+    topology: Topology,
+    names: Mapping[int, str],
+    row: TransferRow,
+    shards: ShardConnections,
+    at_work: bool,
 ) -> dict[str, Any]:
     rows = row.record.get("certificate", {}).get("rows")
     copied = row.record.get("copy_seconds")
     return {
         "id": row.id,
-        "source": topology.by_id[row.source].name,
-        "target": topology.by_id[row.target].name,
+        "source": names[row.source],
+        "target": names[row.target],
         "slots": slots(row.arcs),
         "phase": row.phase.value,
         "sentence": sentence(row.phase),
@@ -117,12 +128,20 @@ def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
         return "`shardkit shard add NAME URL` adds the first shard."
     if not topology.tables:
         return "`shardkit schema declare MODULE:ATTR` declares the sharded tables."
+    if ready := leaving.ready(topology):
+        return f"`shardkit shard remove {_listed(ready)}` lets it leave; {_KEEP}"
     if plan(topology, weights_of(topology)).transfers:
+        if to_leave := [shard for shard in topology.shards if shard.leaving]:
+            return f"`shardkit shard remove {_listed(to_leave)}` drains it and lets it leave; {_KEEP}"
         latest = catalog.latest_job()
         if latest is not None and latest.state == "rolled back":
             return ROLLED_BACK
         return "`shardkit rebalance run` gives every shard its share; `shardkit rebalance plan` shows what would move."
     return None
+
+
+def _listed(shards: Iterable[Shard]) -> str:
+    return " ".join(shard.name for shard in shards)
 
 
 def draw(console: Console, job: Mapping[str, Any]) -> None:

@@ -29,6 +29,10 @@ AsJson = Annotated[
 Yes = Annotated[
     bool, typer.Option("--yes", "-y", envvar="SHARDKIT_YES", help="Do not ask before rows are moved.")
 ]
+PlanOnly = Annotated[
+    bool,
+    typer.Option("--plan-only", envvar="SHARDKIT_PLAN_ONLY", help="Show what would move; change nothing."),
+]
 Parallel = Annotated[
     int,
     typer.Option(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from shardkit.core.errors import PreflightFailed
-from shardkit.core.keyrange import SLOT_BITS, SLOTS, ArcSet, hex_position
+from shardkit.core.keyrange import POSITION_MIN, SLOT_BITS, SLOTS, ArcSet, hex_position
 from shardkit.core.move import Mode
 from shardkit.core.placement import Placement, Transfer
 from shardkit.core.topology import Topology
@@ -38,17 +39,16 @@ def describe(
 ) -> dict[str, Any]:
     """The plan of a move by ``mode`` as a document.
 
-    ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``);
+    ``slots_moved``, ``slots_minimum``; ``shards`` (``name``, ``weight``, ``slots_before``, ``slots_after``); ``pins``;
     ``transfers`` (``source``, ``target``, ``slots``, ``arcs``, ``rows_estimate``, ``bytes_estimate``); ``notes``,
     which an application may notice while rows move; ``problems``, for which the run would be refused (``back``: a run
     that keeps its sources).
     """
     after = dict.fromkeys(topology.by_id, 0)
-    first = -1
+    first = POSITION_MIN
     for token, owner in zip(placement.tokens, placement.owners, strict=True):
-        last = (token >> SLOT_BITS) + SLOTS // 2
-        after[owner] += last - first
-        first = last
+        after[owner] += token + 1 - first
+        first = token + 1
     return {
         "slots_moved": placement.slots_moved,
         "slots_minimum": placement.slots_minimum,
@@ -57,14 +57,37 @@ def describe(
                 "name": shard.name,
                 "weight": shard.weight,
                 "slots_before": slots(topology.owned(shard.id)),
-                "slots_after": after[shard.id],
+                "slots_after": round(after[shard.id] / (1 << SLOT_BITS)),
             }
             for shard in topology.shards
         ],
+        "pins": pins(topology),
         "transfers": [_transfer(topology, transfer, shards) for transfer in placement.transfers],
         "notes": [*_locked(topology, placement, shards, mode), *_notes(topology, shards)],
         "problems": _problems(topology, placement, shards, mode, back),
     }
+
+
+def pins(topology: Topology) -> list[dict[str, Any]]:
+    """The pins as documents: ``shard``, ``slot``, ``position_hex`` (of a single position, else null), and whether the
+    arc is ``there`` already."""
+    return [
+        {
+            "shard": topology.by_id[pin.shard].name,
+            "slot": pin.slot,
+            "position_hex": None if pin.is_slot else hex_position(pin.arc.first),
+            "there": topology.owned(pin.shard).issuperset(ArcSet([pin.arc])),
+        }
+        for pin in topology.pins
+    ]
+
+
+def draw_pins(console: Console, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the pins, if there are any."""
+    for pin in listed:
+        what = f"slot {pin['slot']}" if pin["position_hex"] is None else f"position {pin['position_hex']}"
+        there = "" if pin["there"] else " (not there yet)"
+        console.print(f"Pinned: {what} to {pin['shard']}{there}", soft_wrap=True)
 
 
 def _transfer(topology: Topology, transfer: Transfer, shards: ShardConnections) -> dict[str, Any]:
@@ -149,6 +172,7 @@ def draw(console: Console, plan: dict[str, Any]) -> None:
     ]
     numbers = ("weight", "slots before", "slots after", "share after")
     console.print(table(("shard", *numbers), shares, right=numbers))
+    draw_pins(console, plan["pins"])
     if not plan["transfers"]:
         console.print("Nothing has to move: every shard holds its share.")
         return
@@ -165,7 +189,8 @@ def draw(console: Console, plan: dict[str, Any]) -> None:
     numbers = ("slots", "arcs", "rows", "bytes")
     console.print(table(("transfer", *numbers), moves, right=numbers))
     console.print(
-        f"{plan['slots_moved']:,} of {SLOTS:,} slots move; the minimum is {plan['slots_minimum']:,}.",
+        f"{plan['slots_moved']:,} of {SLOTS:,} slots move; the minimum is {plan['slots_minimum']:,}."
+        + (" Pinned positions come on top." if any(pin["position_hex"] for pin in plan["pins"]) else ""),
         soft_wrap=True,
     )
     for note in plan["notes"]:

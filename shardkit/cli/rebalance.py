@@ -11,8 +11,8 @@ from rich.console import Console
 from shardkit.core.errors import MoveWaiting, NothingToDo
 from shardkit.core.move import Mode
 from shardkit.rebalance.limits import Limits
-from shardkit.rebalance.mover import plan_job
-from shardkit.storage.catalog import KEPT_HINT, Catalog
+from shardkit.rebalance.mover import Mover, plan_job
+from shardkit.storage.catalog import KEPT_HINT, Catalog, Job
 from shardkit.storage.connections import ShardConnections
 
 from . import certificates, jobs, plans
@@ -31,7 +31,7 @@ from .options import (
     Yes,
     one_of,
 )
-from .output import next_step, result_console, show
+from .output import narrate, next_step, result_console, show
 from .running import PARALLEL, PATIENCE, carry
 
 Watch = Annotated[
@@ -102,11 +102,12 @@ def run(
     """
     planned = look(catalog, mode, keep_source=keep_source)
     plans.refuse_problems(planned)
+    planned_next = _after_nothing(catalog) if not planned["transfers"] else None
     if not planned["transfers"]:
         show(
-            {"plan": planned, "job": None, "next": None},
+            {"plan": planned, "job": None, "next": planned_next},
             as_json,
-            lambda console: plans.draw(console, planned),
+            lambda console: _draw_plan(console, planned, planned_next),
         )
         return
     refuse_silence(yes)
@@ -151,6 +152,17 @@ def _wait_for_end(catalog: Catalog, job_id: int, patience: float) -> None:
         catalog.pause(job_id)  # once more, as a mover that was about to begin has not seen the first
 
 
+def _after_nothing(catalog: str) -> str | None:
+    with Catalog.open(catalog) as opened:
+        return jobs.next_step(opened, opened.current())
+
+
+def _draw_plan(console: Console, planned: dict[str, Any], todo: str | None) -> None:
+    plans.draw(console, planned)
+    if todo is not None:
+        next_step(console, todo)
+
+
 def resume(
     catalog: CatalogUrl,
     parallel: Parallel = PARALLEL,
@@ -163,15 +175,32 @@ def resume(
     """Go on with the unfinished job from the phases that the catalog holds, and settle an interrupted change."""
     with Catalog.open(catalog) as opened:
         pending = opened.proposed() is not None
-    try:
-        limits = Limits(max_rows_per_second, max_lag, max_wal_retained)
-        job = carry(catalog, lambda mover: mover.run(), parallel=parallel, patience=patience, limits=limits)
-    except NothingToDo:
-        if not pending:
-            raise
+    limits = Limits(max_rows_per_second, max_lag, max_wal_retained)
+    job = carry(
+        catalog,
+        lambda mover: _go_on(mover, pending),
+        parallel=parallel,
+        patience=patience,
+        limits=limits,
+    )
+    if job is None:
         _show_settled(catalog, as_json)
-        return
-    show_job(catalog, job, as_json)
+    else:
+        show_job(catalog, job, as_json)
+
+
+def _go_on(mover: Mover, pending: bool) -> Job | None:
+    """The unfinished job, or what is left to do without one: a change that the mover has settled as it began, shards
+    that are drained and have not left."""
+    try:
+        return mover.run()
+    except NothingToDo:
+        gone = mover.let_go()
+        for name in gone:
+            narrate(f"Shard {name} has left.")
+        if not gone and not pending:
+            raise
+        return None
 
 
 def _show_settled(catalog: str, as_json: bool) -> None:

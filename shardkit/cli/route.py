@@ -71,7 +71,7 @@ def route(
     declared = sorted({table.key_type for table in topology.tables})
     family = type_ or guess(key, declared)
     place = position(parse(key, family))
-    _narrate_type(declared, family, guessed=type_ is None)
+    narrate_type(declared, family, guessed=type_ is None)
     owner = topology.by_id[topology.ring.owner_at(place)]
     in_transit = [shard.name for shard in topology.shards if place in shard.in_transit]
     document = {
@@ -195,7 +195,8 @@ def parse(key: str, family: KeyFamily) -> int | str | UUID:
     raise KeyTypeError(f"{key!r} is no {family}.")
 
 
-def _narrate_type(declared: Collection[str], family: KeyFamily, *, guessed: bool) -> None:
+def narrate_type(declared: Collection[str], family: KeyFamily, *, guessed: bool) -> None:
+    """Tell what a key was taken as, if nobody said; or that no table has such keys."""
     if guessed:
         narrate(f"The key is taken as {family}; --type says otherwise.")
     elif declared and family.value not in declared:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, overload
 
 from shardkit.core.errors import MoverStopped
 from shardkit.core.move import STILL
@@ -24,6 +24,7 @@ PARALLEL = 2
 PATIENCE = 120.0
 
 
+@overload
 def carry(
     catalog_url: str,
     act: Callable[[Mover], Job],
@@ -31,9 +32,30 @@ def carry(
     parallel: int,
     patience: float,
     limits: Limits | None = None,
-) -> dict[str, Any]:
-    """Let a mover ``act`` under the lease; the job's document. `MoverStopped` if a signal, or `rebalance
-    pause`, ended it."""
+) -> dict[str, Any]: ...
+
+
+@overload
+def carry(
+    catalog_url: str,
+    act: Callable[[Mover], Job | None],
+    *,
+    parallel: int,
+    patience: float,
+    limits: Limits | None = None,
+) -> dict[str, Any] | None: ...
+
+
+def carry(
+    catalog_url: str,
+    act: Callable[[Mover], Job | None],
+    *,
+    parallel: int,
+    patience: float,
+    limits: Limits | None = None,
+) -> dict[str, Any] | None:
+    """Let a mover ``act`` under the lease; the job's document, if there is one. `MoverStopped` if a signal, or
+    `rebalance pause`, ended it."""
     with Bars() as bars, _stoppable(bars) as stop:
         mover = Mover(
             catalog_url, parallel=parallel, patience=patience, listener=bars, stop=stop, limits=limits
@@ -41,6 +63,8 @@ def carry(
         try:
             with mover:
                 job = act(mover)
+            if job is None:
+                return None
             # Not by the mover's connection: the catalog's server may have restarted since.
             with Catalog.open(catalog_url) as catalog:
                 return {**jobs.describe(catalog, job), "mover": None}

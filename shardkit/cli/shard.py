@@ -1,4 +1,4 @@
-"""`shardkit shard`: add, list; `replica` is in a module of its own."""
+"""`shardkit shard`: add, list; the other commands are in modules of their own."""
 
 from __future__ import annotations
 
@@ -36,12 +36,16 @@ from .options import (
     MoveMode,
     Parallel,
     Patience,
+    PlanOnly,
     Yes,
     one_of,
 )
 from .output import narrate, next_step, percent, show, table
+from .pin import pin, unpin
 from .reach import Lent
+from .remove import remove
 from .replica import replica
+from .reweight import reweight
 from .running import PARALLEL, PATIENCE, carry
 
 
@@ -89,10 +93,6 @@ Models = Annotated[
         help="Create the missing tables of these models there first.",
     ),
 ]
-PlanOnly = Annotated[
-    bool,
-    typer.Option("--plan-only", envvar="SHARDKIT_PLAN_ONLY", help="Show what would move; change nothing."),
-]
 NoRun = Annotated[
     bool,
     typer.Option("--no-run", envvar="SHARDKIT_NO_RUN", help="Let it join, owning nothing; move no row yet."),
@@ -103,6 +103,11 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     group = typer.Typer(help="The PostgreSQL databases that hold the keys.", no_args_is_help=True)
     group.command("add")(add)
+    group.command("remove")(remove)
+    group.command("reweight")(reweight)
+    # A negative number is a key and no flag.
+    group.command("pin", context_settings={"ignore_unknown_options": True})(pin)
+    group.command("unpin", context_settings={"ignore_unknown_options": True})(unpin)
     group.command("list")(list_)
     group.command("replica")(replica)
     app.add_typer(group, name="shard")
@@ -269,23 +274,26 @@ def list_(catalog: CatalogUrl, as_json: AsJson = False) -> None:
         topology = opened.current()
         todo = jobs.next_step(opened, topology)
     entries = describe(topology) if topology is not None else []
+    pins = plans.pins(topology) if topology is not None else []
 
     def draw(console: Console) -> None:
         numbers = ("weight", "slots", "share", "arcs")
         rows = []
         for e in entries:
-            rows.append([e["name"], e["weight"], e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]])
+            weight = "leaving" if e["leaving"] else e["weight"]
+            rows.append([e["name"], weight, e["slots"], percent(e["slots"], SLOTS), e["arcs"], e["url"]])
             rows += [["", None, None, None, None, f"replica {url}"] for url in e["replicas"]]
         console.print(table(("shard", *numbers, "database"), rows, right=numbers))
+        plans.draw_pins(console, pins)
         next_step(console, todo)
 
     version = topology.version if topology is not None else None
-    show({"version": version, "shards": entries, "next": todo}, as_json, draw)
+    show({"version": version, "shards": entries, "pins": pins, "next": todo}, as_json, draw)
 
 
 def describe(topology: Topology) -> list[dict[str, Any]]:
     """The shards as documents: ``id``, ``name``, ``url``, ``weight``, ``slots``, ``arcs``, ``arcs_in_transit``,
-    ``replicas``."""
+    ``replicas``, ``leaving``."""
     return [
         {
             "id": shard.id,
@@ -296,6 +304,7 @@ def describe(topology: Topology) -> list[dict[str, Any]]:
             "arcs": len(topology.owned(shard.id)),
             "arcs_in_transit": len(shard.in_transit),
             "replicas": [redacted(url) for url in shard.replicas],
+            "leaving": shard.leaving,
         }
         for shard in topology.shards
     ]

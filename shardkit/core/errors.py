@@ -152,13 +152,6 @@ class TopologyInvalid(Refused):
     """
 
 
-class TopologyUnaligned(Refused):
-    """This topology has a token inside a slot, and placements are made of whole slots.
-
-    End the job that divided the slot, then plan again; `shardkit rebalance status` shows it.
-    """
-
-
 class NotInitialised(Refused):
     """This database holds no shardkit catalog.
 

@@ -1,6 +1,7 @@
 """The topology: which shard owns which arcs, as an immutable value with a version.
 
-Every change makes the next value from the one before (`joined`, `marked`, `cut_over`, `unmarked`, `declared`); who
+Every change makes the next value from the one before (`joined`, `marked`, `cut_over`, `unmarked`, `declared`,
+`reweighted`, `left`, ...); who
 calls them (the mover, the commands) persists the result before a shard sees it. Pure: no I/O, and `to_json` /
 `from_json` are exact inverses, so that the copies on the shards and in the catalog can be compared by digest.
 """
@@ -17,7 +18,7 @@ from typing import Any, Literal, Self
 
 from .documents import listed, text, whole
 from .errors import NoSuchShard, TopologyInvalid
-from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
+from .keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet, slot_arc, slot_of
 from .residues import STRIDE_MAX
 from .ring import Ring
 
@@ -124,7 +125,8 @@ class Shard:
     """One PostgreSQL database with a name.
 
     ``url`` never holds a password. ``in_transit`` are arcs whose rows may exist here though they are not owned.
-    ``replicas`` are the URLs of its physical standbys that applications may read from.
+    ``replicas`` are the URLs of its physical standbys that applications may read from. One that is ``leaving`` has
+    weight 0, and leaves the topology as soon as it owns nothing.
     """
 
     id: int
@@ -134,6 +136,25 @@ class Shard:
     weight: int = 100
     in_transit: ArcSet = field(default_factory=ArcSet)
     replicas: tuple[str, ...] = ()
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Pin:
+    """An arc that is to be on a shard, named by its id, whatever the weights say: a whole slot, or one position."""
+
+    arc: Arc
+    shard: int
+
+    @property
+    def slot(self) -> int:
+        """The slot that it is, or lies in."""
+        return slot_of(self.arc.first)
+
+    @property
+    def is_slot(self) -> bool:
+        """Whether it is a whole slot."""
+        return self.arc == slot_arc(self.slot)
 
 
 @dataclass(frozen=True)
@@ -143,7 +164,8 @@ class Topology:
     ``tokens`` are strictly increasing positions, the last one the largest position, so that no arc wraps round;
     ``owners[i]`` is the id of the shard that owns the positions after ``tokens[i - 1]`` up to ``tokens[i]``.
     ``tables`` are the sharded tables: what a move carries. ``whole`` are the reference and home tables, which no move
-    carries. ``splits`` are the sharded tables whose primary keys are numbered by disjoint sequences.
+    carries. ``splits`` are the sharded tables whose primary keys are numbered by disjoint sequences. ``pins`` are arcs
+    with a place of their own, in order; who owns them now is another matter.
     """
 
     version: int
@@ -153,6 +175,7 @@ class Topology:
     tables: tuple[ShardedTable, ...] = ()
     whole: tuple[WholeTable, ...] = ()
     splits: tuple[Split, ...] = ()
+    pins: tuple[Pin, ...] = ()
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -180,6 +203,8 @@ class Topology:
             return "a fence is newer than the topology"
         if any(shard.weight < 0 for shard in self.shards):
             return "a weight is negative"
+        if staying := [shard.name for shard in self.shards if shard.leaving and shard.weight]:
+            return f"shard {staying[0]} is leaving and has a weight"
         if not self.tokens or len(self.tokens) != len(self.owners):
             return "tokens and owners differ in number"
         if self.tokens[-1] != POSITION_MAX or self.tokens[0] < POSITION_MIN:
@@ -197,7 +222,7 @@ class Topology:
             return "a table is declared twice"
         if homeless := [table for table in self.homes if table.shard not in names]:
             return f"the home of table {homeless[0]} is no shard"
-        return self._split_problem(max(ids))
+        return self._split_problem(max(ids)) or self._problem_of_pins()
 
     def _split_problem(self, highest: int) -> str | None:
         names = [(split.schema, split.name) for split in self.splits]
@@ -208,6 +233,19 @@ class Topology:
                 return f"the ids of {split} are split, which is no sharded table"
             if not highest < split.stride <= STRIDE_MAX:
                 return f"the ids of {split} are split by {split.stride}, and a shard has the number {highest}"
+        return None
+
+    def _problem_of_pins(self) -> str | None:
+        staying = {shard.id for shard in self.shards if not shard.leaving}
+        before = POSITION_MIN - 1
+        for pin in self.pins:
+            if pin.arc.width != 1 and not pin.is_slot:
+                return f"the pin {pin.arc} is neither a slot nor a position"
+            if pin.arc.first <= before:
+                return f"the pin {pin.arc} is out of order or in another"
+            if pin.shard not in staying:
+                return f"the pin {pin.arc} is to no shard, or to one that is leaving"
+            before = pin.arc.last
         return None
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -260,6 +298,11 @@ class Topology:
         """The arcs that a shard owns."""
         return self._arcs[shard_id]
 
+    def fence_on(self, shard_id: int) -> Fence:
+        """The fence of this topology on a shard. On one that left by it, that is a name which nobody asks for."""
+        shard = self.by_id.get(shard_id)
+        return shard.fence if shard is not None else Fence(self.version, self.digest[:8])
+
     def changed_since(self, before: Topology | None) -> tuple[int, ...]:
         """Ids of the shards whose fence is another than in ``before``."""
         old = {shard.id: shard.fence for shard in before.shards} if before is not None else {}
@@ -270,7 +313,8 @@ class Topology:
         under ``before`` must end first. The other changed shards only gain.
 
         Who writes reference tables writes the shard with the lowest id first. Where a shard joins, that one closes:
-        then nobody is left who would write them without the newcomer."""
+        then nobody is left who would write them without the newcomer. Where one leaves, it closes itself, whichever it
+        is: whoever writes reference tables under ``before`` has it open."""
         if before is None:
             return ()
         joined = before.references and not self.by_id.keys() <= before.by_id.keys()
@@ -349,6 +393,25 @@ class Topology:
         shards = (*self.shards, newcomer)
         return self._next(version, (shard.id for shard in shards), shards=shards)
 
+    def reweighted(self, version: int, weights: Mapping[int, int], leaving: Iterable[int] = ()) -> Self:
+        """Some shards have these weights, by id, and those named as ``leaving``, and no others of them, are to leave.
+        No fence changes: no row changes its shard."""
+        gone = set(leaving)
+        shards = tuple(
+            replace(shard, weight=weights[shard.id], leaving=shard.id in gone)
+            if shard.id in weights
+            else shard
+            for shard in self.shards
+        )
+        return self._next(version, [], shards=shards)
+
+    def left(self, version: int, shard_id: int) -> Self:
+        """A shard that owns and holds nothing leaves. Every fence changes: nobody may go on to count on it."""
+        if self.owned(shard_id) or self.by_id[shard_id].in_transit:
+            raise TopologyInvalid(f"shard {self.by_id[shard_id].name} owns or holds arcs still")
+        shards = tuple(shard for shard in self.shards if shard.id != shard_id)
+        return self._next(version, (shard.id for shard in shards), shards=shards)
+
     def marked(self, version: int, shard_id: int, arcs: ArcSet) -> Self:
         """``arcs`` are in transit on a shard that does not own them: rows of them are about to arrive."""
         shard = self.by_id[shard_id]
@@ -369,7 +432,7 @@ class Topology:
             raise TopologyInvalid(f"shard {source} does not own all of {arcs}")
         if not self.by_id[target].in_transit.issuperset(arcs):
             raise TopologyInvalid(f"shard {target} does not hold all of {arcs} in transit")
-        tokens, owners = _assigned(self.tokens, self.owners, arcs, target)
+        tokens, owners = assigned(self.tokens, self.owners, arcs, target)
         shards = tuple(
             replace(shard, in_transit=shard.in_transit | arcs)
             if shard.id == source
@@ -379,6 +442,19 @@ class Topology:
             for shard in self.shards
         )
         return self._next(version, [source, target], shards=shards, tokens=tokens, owners=owners)
+
+    def pinned(self, version: int, arc: Arc, shard_id: int) -> Self:
+        """An arc is pinned to a shard, wherever it was pinned before. No fence changes: no row changes its shard."""
+        others = (pin for pin in self.pins if pin.arc != arc)
+        return self._next(version, [], pins=tuple(sorted((*others, Pin(arc, shard_id)))))
+
+    def unpinned(self, version: int, arc: Arc) -> Self:
+        """An arc is pinned no more. No fence changes."""
+        return self._next(version, [], pins=tuple(pin for pin in self.pins if pin.arc != arc))
+
+    def pin_of(self, position: int) -> Pin | None:
+        """The pin that holds a position."""
+        return next((pin for pin in self.pins if position in pin.arc), None)
 
     def declared(self, version: int, tables: Iterable[DeclaredTable]) -> Self:
         """The tables are these. No fence changes: no row changes its shard."""
@@ -406,8 +482,8 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """The topology as JSON values; `from_json` is the exact inverse.
 
-        What there is none of is left out, so that a topology without reference and home tables, without replicas and
-        without splits is written, and has the digest, as before there were any."""
+        What there is none of is left out, so that a topology without reference and home tables, replicas, splits, pins
+        and shards that leave is written, and has the digest, as before there were any."""
         references = [[table.schema, table.name] for table in self.references]
         homes = [[table.schema, table.name, table.shard] for table in self.homes]
         splits = [
@@ -424,6 +500,7 @@ class Topology:
                     "fence": [shard.fence.version, shard.fence.digest],
                     "in_transit": [list(arc) for arc in shard.in_transit],
                     **({"replicas": list(shard.replicas)} if shard.replicas else {}),
+                    **({"leaving": True} if shard.leaving else {}),
                 }
                 for shard in self.shards
             ],
@@ -433,6 +510,7 @@ class Topology:
             **({"references": references} if references else {}),
             **({"homes": homes} if homes else {}),
             **({"splits": splits} if splits else {}),
+            **({"pins": [[*pin.arc, pin.shard] for pin in self.pins]} if self.pins else {}),
         }
 
     @classmethod
@@ -448,6 +526,7 @@ class Topology:
                     whole(entry["weight"]),
                     ArcSet(Arc(whole(first), whole(last)) for first, last in listed(entry["in_transit"])),
                     tuple(map(text, listed(entry.get("replicas", [])))),
+                    _flag(entry.get("leaving", False)),
                 )
                 for entry in listed(document["shards"])
             )
@@ -455,14 +534,42 @@ class Topology:
             tokens, owners = (tuple(map(whole, listed(document[name]))) for name in ("tokens", "owners"))
             splits = tuple(_split(*listed(entry)) for entry in listed(document.get("splits", [])))
             return cls(
-                whole(document["version"]), shards, tokens, owners, tables, _whole_tables(document), splits
+                whole(document["version"]),
+                shards,
+                tokens,
+                owners,
+                tables,
+                _whole_tables(document),
+                splits,
+                _pins(document),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TopologyInvalid(f"This is no topology document: {error!r}.") from error
 
 
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"no truth value: {value!r}")
+    return value
+
+
 def _fence(version: Any, digest: Any) -> Fence:
     return Fence(whole(version), text(digest))
+
+
+def _pins(document: Mapping[str, Any]) -> tuple[Pin, ...]:
+    if "pins" not in document:
+        return ()
+    pins = tuple(_pin(*map(whole, listed(entry))) for entry in listed(document["pins"]))
+    if not pins:
+        raise ValueError("an empty list of pins, which is left out")
+    return pins
+
+
+def _pin(first: int, last: int, shard: int) -> Pin:
+    if not POSITION_MIN <= first <= last <= POSITION_MAX:
+        raise ValueError(f"no arc: {first}..{last}")
+    return Pin(Arc(first, last), shard)
 
 
 def _table(schema: str, name: str, key: str, key_type: str) -> ShardedTable:
@@ -487,7 +594,7 @@ def _canonical(document: Mapping[str, Any]) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def _assigned(
+def assigned(
     tokens: Sequence[int], owners: Sequence[int], arcs: ArcSet, owner: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens and owners after ``arcs`` were given to ``owner``, with no token that separates equal owners."""

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from shardkit.core.errors import (
+    IncompatibleServer,
     ShardUnreachable,
     TopologyChanged,
     TopologyUnsettled,
@@ -237,6 +238,13 @@ class ShardTransaction:
             ) from away.error
         except ShardUnreachable:  # lost while the engine got to know it
             breaker.failed()
+            raise
+        except IncompatibleServer as error:
+            # The shard may have left the cluster, and its database be another shard by now, or nobody's.
+            breaker.gave_up()
+            newer = self._cluster.router.without(shard, topology.version, self._engines)
+            if newer is not None:
+                raise Moved(newer) from error
             raise
         except BaseException:
             breaker.gave_up()

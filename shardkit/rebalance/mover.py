@@ -26,7 +26,7 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, ROLLBACK, STILL, Event, Mode, Phase, step
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, inspection, replicaidentity
+from shardkit.storage import change, indoubt, inspection, leaving, replicaidentity
 from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
@@ -207,7 +207,23 @@ class Mover:
             if phases <= FINAL:
                 self._restore_identities(catalog)
                 catalog.finish_job(job.id, _state(phases))
+                if Phase.DONE in phases and not abort:
+                    self._let_go(catalog)
             return catalog.job(job.id)
+
+    def let_go(self) -> list[str]:
+        """Let the shards leave that are to leave and own nothing any more; their names. Part of `run`, and for those
+        that had nothing to move."""
+        return self._let_go(self.catalog)
+
+    def _let_go(self, catalog: Catalog) -> list[str]:
+        topology = catalog.current()
+        gone: list[str] = []
+        with ShardConnections() as shards:
+            for shard in leaving.ready(topology) if topology is not None else ():
+                leaving.leave(catalog, shards, shard, patience=self._patience)
+                gone.append(shard.name)
+        return gone
 
     def _carry(self, row: TransferRow, abort: bool) -> None:
         """One transfer to its end, through times in which a server is away."""

@@ -216,6 +216,28 @@ class Catalog:
         """A version that was never used, not by an abandoned proposal either."""
         return int(value(self.connection, "SELECT coalesce(max(version), 0) + 1 FROM shardkit.topologies"))
 
+    def next_shard_id(self) -> int:
+        """A number that no shard ever had, those that left among them: names of prepared transactions and routers that
+        slept may name them still. One that was proposed in vain was never known to anybody."""
+        return int(
+            value(
+                self.connection,
+                "SELECT coalesce(max((shard ->> 'id')::int), -1) + 1 "
+                "FROM shardkit.topologies, jsonb_array_elements(document -> 'shards') shard "
+                "WHERE state <> 'impossible'",
+            )
+        )
+
+    def shards_ever(self) -> dict[int, str]:
+        """The names of all shards that there are or were, by number."""
+        return dict(
+            self.connection.execute(
+                "SELECT DISTINCT (shard ->> 'id')::int, shard ->> 'name' "
+                "FROM shardkit.topologies, jsonb_array_elements(document -> 'shards') shard "
+                "WHERE state IN ('current', 'past')"
+            ).fetchall()
+        )
+
     def propose(self, topology: Topology) -> None:
         """Store a change before any shard sees it; fails if another is pending."""
         with self.writing("catalog.propose") as cursor:

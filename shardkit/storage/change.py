@@ -103,23 +103,31 @@ def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None =
         return
     current = catalog.current()
     for shard_id in proposal.closing_since(current):
-        connection = shards.get(proposal.by_id[shard_id])
+        assert current is not None
+        connection = shards.get(current.by_id[shard_id])
         with transaction(connection, *OPENING, step="settling"):
             claim(connection, _token(catalog))
-            decided = proposal.by_id[shard_id].fence.relation in fence.relations(connection)
+            decided = proposal.fence_on(shard_id).relation in fence.relations(connection)
         if not decided:
             catalog.discard(proposal)
             return
     _finish(catalog, shards, current, proposal, on_open, lambda moment: None)
 
 
-def drain(catalog: Catalog, shards: ShardConnections, *, report: Report = lambda reason: None) -> None:
-    """Wait until no transaction is left that began under an older topology, and drop the old names."""
+def drain(
+    catalog: Catalog,
+    shards: ShardConnections,
+    *,
+    report: Report = lambda reason: None,
+    patience: float = 60.0,
+) -> None:
+    """Wait until no transaction is left that began under an older topology, and drop the old names; ``patience``
+    seconds on each shard, then `MoveWaiting`."""
     current = catalog.current()
     assert current is not None
     for shard in current.shards:
         if fence.relations(shards.get(shard)) != {shard.fence.relation}:
-            _close(catalog, shards, current, current, shard.id, None, report, lambda moment: None, 60.0)
+            _close(catalog, shards, current, current, shard.id, None, report, lambda moment: None, patience)
     report(None)
 
 
@@ -151,7 +159,7 @@ def _close(
     """Lock, run the hook, rename. Tries only when nobody holds the fence for long, so that applications never queue
     behind a lock that waits for a long transaction."""
     shard = current.by_id[shard_id]
-    new = proposal.by_id[shard_id].fence.relation
+    new = proposal.fence_on(shard_id).relation
     deadline = time.monotonic() + patience
     pause = 0.002
     while True:

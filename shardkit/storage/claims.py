@@ -2,11 +2,14 @@
 
 Driven by `storage.membership`. A claim whose joining was killed before its topology was proposed is *stale*: no
 topology names it, the database took part in nothing, and whoever adds it next may overwrite it. The catalog notes each
-joining before the claim is made, so that a stale claim can be found, though no topology leads to it.
+joining before the claim is made, so that a stale claim can be found, though no topology leads to it. The claim of a
+shard that *left* stays, with a copy of the topology that does not name it: for routers that slept. It, too, may be
+overwritten.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -51,7 +54,8 @@ def read(connection: Connection) -> Claim | None:
 
 
 def check_free(connection: Connection, cluster: UUID, topology: Topology | None) -> None:
-    """`AlreadyShard` unless the database is nobody's, or its claim is a stale one of this cluster."""
+    """`AlreadyShard` unless the database is nobody's, or its claim is a stale one of this cluster, or of a shard that
+    left it."""
     claim = read(connection)
     if claim is None:
         return
@@ -71,7 +75,8 @@ def check_free(connection: Connection, cluster: UUID, topology: Topology | None)
             name=claim.name,
         )
     taken = topologies.read_copy(connection)
-    if taken is not None:
+    known = topology.version if topology is not None else 0
+    if taken is not None and (claim.known_to(taken) or taken.version > known):
         raise AlreadyShard(
             f"This database was shard {claim.name!r} of this catalog in topology {taken.version}, of which the catalog "
             "knows nothing.",
@@ -92,24 +97,26 @@ def write(catalog: Catalog, connection: Connection, claim: Claim, url: str) -> N
 
 
 def stale(catalog: Catalog) -> list[tuple[str, str]]:
-    """Names and URLs of the databases that were claimed for this cluster and never took part in a topology.
+    """Names and URLs of the databases that were claimed for this cluster, as a shard that never came.
 
     Those that do not answer are left out: nothing is known of them, and a claim alone does no harm.
     """
     current, cluster = catalog.proposed() or catalog.current(), catalog.cluster_id()
     in_use = {shard.url for shard in current.shards} if current is not None else set()
+    ever = catalog.shards_ever()
     return [
         (name, url)
         for name, url in catalog.connection.execute(_NOTED).fetchall()
-        if url not in in_use and _is_claimed(cluster, name, url)
+        if url not in in_use and _is_claimed(cluster, name, url, ever)
     ]
 
 
-def _is_claimed(cluster: UUID, name: str, url: str) -> bool:
+def _is_claimed(cluster: UUID, name: str, url: str, ever: Mapping[int, str]) -> bool:
     try:
         with connect_shard(url, name, application="shardkit doctor") as connection:
             claim = read(connection)
-            taken = None if claim is None else topologies.read_copy(connection)
     except ShardUnreachable:
         return False
-    return claim is not None and (claim.cluster, claim.name) == (cluster, name) and taken is None
+    if claim is None or (claim.cluster, claim.name) != (cluster, name):
+        return False
+    return ever.get(claim.shard_id) != name  # of a shard that left, it is as it should be

@@ -77,6 +77,12 @@ JOIN = (
     "join.split",
 )
 """What a shard that joins passes besides."""
+PLACEMENT = (
+    "placement.recorded",
+    "leave.closed",
+    *(f"{step}.{edge}" for step in ("catalog.placement", "catalog.left") for edge in ("commit", "committed")),
+)
+"""What a change of weights or pins passes, and a shard that leaves."""
 IDS = ("ids.restarted", "ids.altered")
 """What a split of ids passes."""
 TWO_PHASE = (
@@ -84,7 +90,7 @@ TWO_PHASE = (
     "two_phase.finishing", "two_phase.finished", "two_phase.forgotten",
 )  # fmt: skip
 """What a transaction over several shards passes."""
-POINTS = frozenset((*MOVE, *LOCKED, *BACK, *ASIDE, *JOIN, *IDS, *TWO_PHASE))
+POINTS = frozenset((*MOVE, *LOCKED, *BACK, *ASIDE, *JOIN, *PLACEMENT, *IDS, *TWO_PHASE))
 
 _armed = ""
 _times = 1

@@ -92,7 +92,7 @@ def lock_all(connection: Connection) -> set[str]:
 
 def close(connection: Connection, names: set[str], topology: Topology, shard_id: int) -> None:
     """Put the fence of ``topology`` in place of ``names``, which the caller holds locked, and write the copy."""
-    new = topology.by_id[shard_id].fence.relation
+    new = topology.fence_on(shard_id).relation
     kept = new if new in names else max(names, key=lambda name: int(name.split("_")[1]))
     for name in sorted(names - {kept}):
         connection.execute(sql.SQL("DROP TABLE {}").format(_qualified(name)))

@@ -25,6 +25,7 @@ from shardkit.core.errors import ShardUnreachable
 from shardkit.core.topology import Shard, Topology
 
 from .connections import Connection, ShardConnections, transaction, value
+from .topologies import read_copy
 from .twophase import Name, parse
 
 LIVE_SECONDS = 1.0
@@ -101,8 +102,9 @@ def look(topology: Topology, shards: ShardConnections) -> list[Doubt]:
     doubts = find(topology, shards)
     for doubt in doubts:
         with _told(doubt):
-            connection = _decider(topology, shards, doubt)
-            if connection is not None:
+            if _decider_left(topology, shards, doubt):
+                doubt.state = State.GIVEN_UP
+            elif (connection := _decider(topology, shards, doubt)) is not None:
                 doubt.state = _state(_outcome(connection, doubt.gid))
     return doubts
 
@@ -115,12 +117,13 @@ def recover(topology: Topology, shards: ShardConnections, only: Collection[int] 
     doubts = find(topology, shards, only)
     for doubt in doubts:
         with _told(doubt):
-            connection = _decider(topology, shards, doubt)
-            if connection is not None:
+            if _decider_left(topology, shards, doubt):
+                doubt.state = State.GIVEN_UP
+            elif (connection := _decider(topology, shards, doubt)) is not None:
                 doubt.state = _decide(connection, doubt)
-                if doubt.ended:
-                    for part in doubt.parts:
-                        _end(shards.get(part.shard), part, commit=doubt.state is State.COMMITTED)
+            if doubt.ended:
+                for part in doubt.parts:
+                    _end(shards.get(part.shard), part, commit=doubt.state is State.COMMITTED)
     if only is None:
         _forget(topology, shards)
     return doubts
@@ -157,6 +160,21 @@ class _told:
         self._doubt.state = State.UNKNOWN
         self._doubt.reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return True
+
+
+def _decider_left(topology: Topology, shards: ShardConnections, doubt: Doubt) -> bool:
+    """Whether the shard that decides has left. It did so without a decision that was not followed everywhere, and
+    nobody decides there any more (`storage.leaving`); so what is prepared still was never decided.
+
+    A catalog that was restored from before that shard came does not know it either. Then the shards know better: every
+    coming and leaving is in their copies."""
+    if doubt.decider in topology.by_id:
+        return False
+    copies = [read_copy(shards.get(part.shard)) for part in doubt.parts]
+    return all(
+        copy is not None and copy.version <= topology.version and doubt.decider not in copy.by_id
+        for copy in copies
+    )
 
 
 def _decider(topology: Topology, shards: ShardConnections, doubt: Doubt) -> Connection | None:

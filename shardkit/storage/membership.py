@@ -69,8 +69,10 @@ def check_join(
             claims.read(newcomer) is not None
         )  # of this cluster, and rows of reference tables may be there
         _check_tables(newcomer, shards.get(current.shards[0]), current, name, resumed)
-        idjoin.check_join(current, shards, newcomer, _next_id(current), name)
-    return _joined(current, catalog.next_version(), name, without_password(url), weight)
+    newcomer_id = catalog.next_shard_id()
+    if current is not None:
+        idjoin.check_join(current, shards, newcomer, newcomer_id, name)
+    return _joined(current, catalog.next_version(), newcomer_id, name, without_password(url), weight)
 
 
 def join(
@@ -116,7 +118,7 @@ def join(
         topology = change.apply(
             catalog,
             shards,
-            lambda now, version: _joined(now, version, name, url, weight),
+            lambda now, version: _joined(now, version, claim.shard_id, name, url, weight),
             while_closed=copy_rest,
             patience=patience,
         )
@@ -151,15 +153,13 @@ def _has_joined(
     return True
 
 
-def _joined(current: Topology | None, version: int, name: str, url: str, weight: int) -> Topology:
+def _joined(
+    current: Topology | None, version: int, shard_id: int, name: str, url: str, weight: int
+) -> Topology:
     if current is None:
-        tokens, owners = initial({0: weight})
-        return Topology.first(version, [(0, name, url, weight)], tokens, owners)
-    return current.joined(version, shard_id=_next_id(current), name=name, url=url, weight=weight)
-
-
-def _next_id(current: Topology) -> int:
-    return max(shard.id for shard in current.shards) + 1
+        tokens, owners = initial({shard_id: weight})
+        return Topology.first(version, [(shard_id, name, url, weight)], tokens, owners)
+    return current.joined(version, shard_id=shard_id, name=name, url=url, weight=weight)
 
 
 def _check_tables(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from psycopg.types.json import Jsonb
 
+from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Topology
 
 from .connections import Connection
@@ -29,7 +30,8 @@ def read_current(connection: Connection) -> Topology | None:
 
 
 def write_copy(connection: Connection, topology: Topology, shard_id: int) -> None:
-    """Give a shard its copy, inside the caller's transaction; an older one than it has is not written."""
+    """Give a shard its copy, inside the caller's transaction; an older one than it has is not written. One that has
+    left by this topology owns nothing."""
     newest = connection.execute(
         """
         INSERT INTO shardkit.topology (version, digest, document)
@@ -42,6 +44,5 @@ def write_copy(connection: Connection, topology: Topology, shard_id: int) -> Non
     if newest is None:
         return
     connection.execute("DELETE FROM shardkit.topology WHERE version < %s", (topology.version,))
-    connection.execute(
-        "UPDATE shardkit.ownership SET bounds = %s::bigint[]", (topology.owned(shard_id).bounds(),)
-    )
+    owned = topology.owned(shard_id) if shard_id in topology.by_id else ArcSet()
+    connection.execute("UPDATE shardkit.ownership SET bounds = %s::bigint[]", (owned.bounds(),))

@@ -64,6 +64,25 @@ def test_movers_killed_in_mid_copy_and_in_mid_purge(program: Program) -> None:
     assert document["movers_killed"] == ["copy", "purge"]
 
 
+def test_a_shard_added_one_weighed_otherwise_and_one_removed(program: Program) -> None:
+    done = program("demo", *SMALL, "--reweight", "--remove", "--json", "-").ok()
+    document = done.document
+    assert document["passed"] is True
+    assert {document[kind] for kind in ("errors", "lost", "doubled", "stale")} == {0}
+    assert [change["change"] for change in document["changes"]] == [
+        "add shard s3",
+        "reweight s1=200",
+        "remove s2",
+    ]
+    for change in document["changes"]:
+        assert change["positions_moved"] == change["positions_minimum"] > 0
+        assert change["rows_copied"] > 0
+        assert all(pause > 0 for pause in change["cutover_pause_ms"])
+    assert document["positions_moved"] == sum(change["positions_moved"] for change in document["changes"])
+    assert sum(document["rows_after"]["s2"].values()) == 0 < sum(document["rows_before"]["s2"].values())
+    assert "remove s2:" in done.err
+
+
 def test_wrong_options_start_nothing(program: Program, tmp_path: Path) -> None:
     program("demo", "--kill-mover", "lunch").failed(2, "copy, purge")
     program("demo", "--users", "3").failed(2, "users")

@@ -145,8 +145,8 @@ USUAL = (
 def test_every_point_of_a_move_is_in_the_matrix() -> None:
     points = {point.removeprefix(IN_STEPS).partition(":")[0] for point, _ in CELLS}
     assert points == {*failpoints.MOVE, *failpoints.LOCKED}
-    elsewhere = (*failpoints.BACK, *failpoints.ASIDE, *failpoints.JOIN, *failpoints.IDS, *failpoints.TWO_PHASE)
-    assert points.union(elsewhere) == failpoints.POINTS
+    elsewhere = (failpoints.BACK, failpoints.ASIDE, failpoints.JOIN, failpoints.PLACEMENT, failpoints.IDS)
+    assert points.union(*elsewhere, failpoints.TWO_PHASE) == failpoints.POINTS
 
 
 # --- one case --------------------------------------------------------------------------------------------------------

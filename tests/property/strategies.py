@@ -63,7 +63,39 @@ def topologies(draw: st.DrawFn) -> Topology:
     for shard_id in draw(st.lists(st.sampled_from(ids), max_size=2)):
         arriving = draw(arc_sets) - topology.owned(shard_id)
         topology = topology.marked(topology.version + draw(st.integers(1, 3)), shard_id, arriving)
+    leaving = draw(st.lists(st.sampled_from(ids), max_size=1))
+    if leaving:
+        topology = topology.reweighted(topology.version + 1, dict.fromkeys(leaving, 0), leaving)
+    return draw(pins_on(topology)) if draw(st.booleans()) else topology
+
+
+@st.composite
+def pins_on(draw: st.DrawFn, topology: Topology) -> Topology:
+    """The topology with some arcs pinned: slots near each other, and single positions at their ends and inside."""
+    ids = [shard.id for shard in topology.shards if not shard.leaving]
+    slots = st.sampled_from([0, 1, SLOTS - 1]) | st.integers(0, 40) | st.integers(0, SLOTS - 1)
+    chosen = draw(st.sets(slots, max_size=6)) if ids else set()
+    for slot in sorted(chosen):
+        whole = slot_arc(slot)
+        inside = st.sampled_from([whole.first, whole.first + 1, whole.last]) | st.integers(*whole)
+        arcs = [whole]
+        if draw(st.booleans()):
+            arcs = [Arc(at, at) for at in draw(st.sets(inside, min_size=1, max_size=3))]
+        for arc in arcs:
+            topology = topology.pinned(topology.version + 1, arc, draw(st.sampled_from(ids)))
     return topology
+
+
+@st.composite
+def with_pins(draw: st.DrawFn, aligned: bool = False) -> Topology:
+    """A topology with pins, reached or not, and with tokens anywhere unless they are to be ``aligned``."""
+    made = draw(slot_topologies())
+    if not aligned and draw(st.booleans()):
+        ids = [shard.id for shard in made.shards]
+        tokens = tuple(sorted({*draw(st.sets(positions, max_size=12)), POSITION_MAX}))
+        owners = draw(st.lists(st.sampled_from(ids), min_size=len(tokens), max_size=len(tokens)))
+        made = topology_of(tokens, tuple(owners), dict.fromkeys(ids, 1))
+    return draw(pins_on(made))
 
 
 names = st.sampled_from(["users", "Posts", "order", 'a"b', "prüfung", "日本"]) | st.text(

@@ -59,12 +59,16 @@ def variants(topology: Topology) -> Iterator[Topology]:
     for change in (
         {"name": first.name + "-b"},
         {"url": first.url + "?sslmode=require"},
-        {"weight": first.weight + 1},
+        {"weight": 0 if first.leaving else first.weight + 1},
         {"in_transit": ~topology.owned(first.id) - first.in_transit},
     ):
         changed: Any = replace(first, **change)
         if changed != first:
             yield replace(topology, shards=(changed, *rest))
+    if first.id not in {pin.shard for pin in topology.pins}:
+        yield replace(topology, shards=(replace(first, weight=0, leaving=not first.leaving), *rest))
+    if topology.pins:
+        yield replace(topology, pins=topology.pins[1:])
     if topology.tables:
         yield replace(topology, tables=topology.tables[1:])
         yield replace(topology, tables=(replace(topology.tables[0], key="other key"), *topology.tables[1:]))
@@ -144,6 +148,24 @@ def test_joining_changes_every_fence_and_no_owner(topology: Topology, data: st.D
     assert not after.owned(shard_id)
     assert not after.named("newcomer").in_transit
     assert after.closing_since(topology) == ()
+
+
+@unhurried
+@given(topologies(), st.data())
+def test_leaving_changes_every_fence_and_no_owner(topology: Topology, data: st.DataObject) -> None:
+    used = {pin.shard for pin in topology.pins}
+    idle = [
+        s.id for s in topology.shards if not topology.owned(s.id) and not s.in_transit and s.id not in used
+    ]
+    assume(idle)
+    shard_id = data.draw(st.sampled_from(idle))
+    wished = topology.reweighted(topology.version + 1, {shard_id: 0}, leaving=[shard_id])
+    check_step(topology, wished, set())
+    after = wished.left(wished.version + 1, shard_id)
+    check_step(wished, after, {shard.id for shard in after.shards})
+    assert (after.tokens, after.owners) == (topology.tokens, topology.owners)
+    assert after.closing_since(wished) == (shard_id,)
+    assert after.fence_on(shard_id) == Fence(after.version, after.digest[:8])
 
 
 @unhurried

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from shardkit.core.errors import TopologyInvalid, TopologyUnaligned, WeightInvalid
-from shardkit.core.keyrange import POSITION_MAX, SLOTS, ArcSet, slot_arc
+from shardkit.core.errors import TopologyInvalid, WeightInvalid
+from shardkit.core.keyrange import POSITION_MAX, SLOTS, Arc, ArcSet, slot_arc
 from shardkit.core.placement import Placement, Transfer, initial, plan, quotas
 from shardkit.core.topology import Topology
 
@@ -281,9 +282,40 @@ def test_a_weight_of_no_shard_is_refused() -> None:
 
 
 @pytest.mark.parametrize("token", [0, 2**48, slot_arc(5).last - 1, slot_arc(5).last + 1])
-def test_a_token_inside_a_slot_is_refused(token: int) -> None:
-    with pytest.raises(TopologyUnaligned, match=str(token)):
-        plan(of((token, POSITION_MAX), (0, 1), [0, 1]), {0: 1, 1: 1})
+def test_a_slot_in_two_hands_becomes_whole(token: int) -> None:
+    """It is counted as of the one that holds most of it."""
+    placement = plan(of((token, POSITION_MAX), (0, 1), [0, 1]), {0: 1, 1: 1})
+    assert (placement.tokens, placement.owners) == ((-1, POSITION_MAX), (0, 1))
+    assert placement.slots_moved == placement.slots_minimum
+    ((source, target),) = {(transfer.source, transfer.target) for transfer in placement.transfers}
+    assert sum(transfer.arcs.width for transfer in placement.transfers) == abs(token + 1)
+    assert (source, target) == ((0, 1) if token >= 0 else (1, 0))
+
+
+def test_a_pinned_slot_is_of_the_shard_s_share() -> None:
+    pinned = topology((SLOTS, 0), ids=(1,)).pinned(2, slot_arc(0), 1)
+    placement = plan(pinned, {0: 1, 1: 1})
+    assert placement.slots_moved == placement.slots_minimum == 32768
+    assert placement.owners == (1, 0, 1)
+    # More than its share: it holds what is pinned to it, and nothing else.
+    alone = plan(pinned, {0: 1, 1: 0})
+    assert (alone.tokens, alone.owners) == ((slot_arc(0).last, POSITION_MAX), (1, 0))
+    assert alone.slots_moved == alone.slots_minimum == 1
+
+
+def test_a_pinned_position_is_a_hole() -> None:
+    at = slot_arc(7).first + 5
+    pinned = topology((32768, 0), (32768, 1)).pinned(2, Arc(at, at), 1)
+    placement = plan(pinned, {0: 1, 1: 1})
+    assert placement.slots_moved == placement.slots_minimum == 0
+    assert [(t.source, t.target, t.arcs.arcs) for t in placement.transfers] == [(0, 1, (Arc(at, at),))]
+    assert placement.tokens == (at - 1, at, -1, POSITION_MAX)
+    reached = replace(pinned, tokens=placement.tokens, owners=placement.owners)
+    assert not plan(reached, {0: 1, 1: 1}).transfers
+    # It stays while its slot goes elsewhere, and falls back to the slot when it is pinned no more.
+    assert plan(reached, {0: 0, 1: 1}).owners == (1,)
+    back = plan(reached.unpinned(3, Arc(at, at)), {0: 1, 1: 1})
+    assert [(t.source, t.target, t.arcs.arcs) for t in back.transfers] == [(1, 0, (Arc(at, at),))]
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from shardkit.core.errors import NoSuchShard, TopologyInvalid
-from shardkit.core.keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet
-from shardkit.core.topology import Fence, Shard, ShardedTable, Topology
+from shardkit.core.keyrange import POSITION_MAX, POSITION_MIN, Arc, ArcSet, slot_arc
+from shardkit.core.topology import Fence, Pin, Shard, ShardedTable, Topology
 
 LOWER, UPPER = ArcSet([Arc(POSITION_MIN, -1)]), ArcSet([Arc(0, POSITION_MAX)])
 USERS = ShardedTable("public", "users", "id", "int")
@@ -180,6 +180,63 @@ def test_a_shard_joins_once(halves: Topology, same: dict[str, Any]) -> None:
     newcomer: dict[str, Any] = {"shard_id": 8, "name": "north", "url": "postgresql://db8/app", "weight": 1}
     with pytest.raises(TopologyInvalid, match="share an id or a name"):
         halves.joined(2, **newcomer | same)
+
+
+def test_weights_change_no_fence(halves: Topology) -> None:
+    weighed = halves.reweighted(2, {5: 7})
+    assert [(s.weight, s.leaving) for s in weighed.shards] == [(100, False), (7, False)]
+    assert weighed.changed_since(halves) == weighed.closing_since(halves) == ()
+    assert "leaving" not in json.dumps(weighed.to_json())
+
+
+def test_a_shard_that_is_to_leave_says_so_and_may_stay_after_all(halves: Topology) -> None:
+    wished = halves.reweighted(2, {3: 0}, leaving=[3])
+    assert wished.by_id[3].leaving
+    assert wished.changed_since(halves) == ()
+    assert Topology.from_json(wished.to_json()) == wished
+    assert wished.digest != halves.reweighted(2, {3: 0}).digest
+    assert not wished.reweighted(3, {3: 50}).by_id[3].leaving
+    with pytest.raises(TopologyInvalid, match="east is leaving and has a weight"):
+        halves.reweighted(2, {3: 1}, leaving=[3])
+
+
+def test_a_shard_leaves_when_it_owns_nothing(halves: Topology) -> None:
+    with pytest.raises(TopologyInvalid, match="east owns or holds arcs still"):
+        halves.left(2, 3)
+    moved = halves.marked(2, 5, LOWER).cut_over(3, 3, 5, LOWER)
+    with pytest.raises(TopologyInvalid, match="east owns or holds arcs still"):
+        moved.left(4, 3)
+    before = moved.unmarked(4, 3, LOWER).joined(5, shard_id=9, name="north", url="u", weight=1)
+    after = before.left(6, 3)
+    assert [shard.name for shard in after.shards] == ["west", "north"]
+    assert after.changed_since(before) == (5, 9)
+    assert after.closing_since(before) == (3,), "the one that leaves, though it has the lowest number"
+    assert {after.fence_on(shard_id) for shard_id in (3, 5, 9)} == {Fence(6, after.digest[:8])}
+    assert before.left(6, 9).closing_since(before) == (9,)
+
+
+def test_pins_change_no_fence(halves: Topology) -> None:
+    arc, position = slot_arc(9), Arc(5, 5)
+    pinned = halves.pinned(2, arc, 5).pinned(3, position, 3)
+    assert pinned.pins == (Pin(arc, 5), Pin(position, 3))
+    assert [pin.is_slot for pin in pinned.pins] == [True, False]
+    assert pinned.changed_since(halves) == pinned.closing_since(halves) == ()
+    assert Topology.from_json(pinned.to_json()) == pinned
+    assert pinned.pinned(4, arc, 3).pins == (Pin(arc, 3), Pin(position, 3))
+    assert pinned.pin_of(5) == Pin(position, 3)
+    assert pinned.pin_of(6) is None
+    assert "pins" not in json.dumps(pinned.unpinned(4, arc).unpinned(5, position).to_json())
+    with pytest.raises(TopologyInvalid, match="empty list of pins"):
+        Topology.from_json(halves.to_json() | {"pins": []})
+    refused: list[tuple[Callable[[], Topology], str]] = [
+        (lambda: pinned.pinned(4, Arc(arc.first, arc.first), 5), "out of order or in another"),
+        (lambda: pinned.pinned(4, Arc(0, 1), 5), "neither a slot nor a position"),
+        (lambda: pinned.pinned(4, Arc(7, 7), 8), "to no shard"),
+        (lambda: pinned.reweighted(4, {5: 0}, [5]), "to one that is leaving"),
+    ]
+    for wrong, why in refused:
+        with pytest.raises(TopologyInvalid, match=why):
+            wrong()
 
 
 # --- the document ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ hide one. Where a row belongs is computed by the server that holds it, from the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from psycopg import sql
@@ -46,10 +46,10 @@ def _rows_of(connection: Connection, topology: Topology, shard: Shard, name: str
             yield Stored(shard.id, name, row[: len(keys)], values, row[-1])
 
 
-def count_rows(topology: Topology) -> dict[str, dict[str, int]]:
+def count_rows(shards: Iterable[Shard]) -> dict[str, dict[str, int]]:
     """Rows by shard and table."""
     counts: dict[str, dict[str, int]] = {}
-    for shard in topology.shards:
+    for shard in shards:
         with connect_shard(shard.url, shard.name) as connection:
             counts[shard.name] = {
                 name: value(
@@ -67,18 +67,23 @@ def analyse(topology: Topology) -> None:
             connection.execute("ANALYZE")
 
 
-def leftovers(catalog: Catalog, topology: Topology) -> list[str]:
-    """What a move should have cleaned up and did not: on the shards, in the topology, in the catalog."""
+def leftovers(catalog: Catalog, topology: Topology, left: Sequence[Shard] = ()) -> list[str]:
+    """What a move should have cleaned up and did not: on the shards and those that left, in the topology, in the
+    catalog."""
     found = [f"arcs in transit on shard {shard.name}" for shard in topology.shards if shard.in_transit]
     if (job := catalog.running_job()) is not None:
         found.append(f"the unfinished job {job.id} in the catalog")
     if (proposal := catalog.proposed()) is not None:
         found.append(f"the pending topology {proposal.version} in the catalog")
     query = _LEFTOVERS.read_bytes()
-    for shard in topology.shards:
+    for name, tables in count_rows(left).items():
+        found += [f"{rows:,} {table} on shard {name}, which left" for table, rows in tables.items() if rows]
+    for shard in (*topology.shards, *left):
         with connect_shard(shard.url, shard.name) as connection:
             rows = connection.execute(query).fetchall()
             found += [f"{kind} {name} on shard {shard.name}" for kind, name in rows]
+            if shard in left:
+                continue
             if value(connection, "SELECT to_regclass(%s)", (f"shardkit.{shard.fence.relation}",)) is None:
                 found.append(f"no fence {shard.fence.relation} on shard {shard.name}")
     return found

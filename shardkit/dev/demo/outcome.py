@@ -8,13 +8,13 @@ from typing import Any
 
 from shardkit.core.keyrange import SLOT_BITS, SLOTS
 from shardkit.core.move import Phase
-from shardkit.core.topology import Topology
+from shardkit.core.topology import Shard, Topology
 from shardkit.storage.catalog import TransferRow
 
 from .content import KEY_COLUMNS
 from .findings import Findings
 from .measures import Measures, by_phase
-from .report import Check, Report, Rows, TransferReport
+from .report import ChangeReport, Check, Report, Rows, TransferReport
 
 SLOT = 1 << SLOT_BITS
 """Positions of a slot."""
@@ -42,7 +42,8 @@ class Kill:
 
 @dataclass(frozen=True)
 class Move:
-    """What is known of the move when it is over; ``status`` and ``output`` are those of the last mover."""
+    """What is known of the move when it is over; ``status`` and ``output`` are those of the last mover. Of several
+    changes one after the other, it is all of them, and ``changes`` has each."""
 
     before: Topology
     after: Topology
@@ -51,21 +52,61 @@ class Move:
     status: int
     output: str
     kills: list[Kill]
+    name: str = ""
+    changes: tuple[Move, ...] = ()
+
+    @classmethod
+    def of(cls, changes: Sequence[Move]) -> Move:
+        """Several changes as one move; the status is that of the first that failed."""
+        first, last = changes[0], changes[-1]
+        worst = next((one for one in changes if one.status), last)
+        return cls(
+            first.before,
+            last.after,
+            first.rows_before,
+            [row for one in changes for row in one.transfers],
+            worst.status,
+            worst.output,
+            [kill for one in changes for kill in one.kills],
+            changes=tuple(changes),
+        )
+
+    @property
+    def shards(self) -> dict[int, Shard]:
+        """Every shard that there was, by number."""
+        topologies = [topology for one in (self, *self.changes) for topology in (one.before, one.after)]
+        return {shard.id: shard for topology in topologies for shard in topology.shards}
+
+    @property
+    def left(self) -> list[Shard]:
+        """The shards that left."""
+        return [shard for number, shard in self.shards.items() if number not in self.after.by_id]
 
     @property
     def positions_moved(self) -> int:
-        """Positions that another shard owns now."""
-        return sum((self.before.owned(one.id) - self.after.owned(one.id)).width for one in self.before.shards)
+        """Positions that another shard owns now; of several changes, those of each."""
+        if self.changes:
+            return sum(one.positions_moved for one in self.changes)
+        return sum(
+            (self.before.owned(number) - self.after.owned(number)).width
+            if number in self.after.by_id
+            else self.before.owned(number).width
+            for number in self.before.by_id
+        )
 
     @property
     def positions_minimum(self) -> int:
         """The least that had to move, whoever planned it: from the weights alone, so that the planner is checked.
 
         On an even ring of whole slots a shard holds its exact share rounded down or up. So it had to give away what
-        it held above the latter, and to get what it lacked of the former.
+        it held above the latter, and to get what it lacked of the former; one that left, all.
         """
+        if self.changes:
+            return sum(one.positions_minimum for one in self.changes)
         total = sum(shard.weight for shard in self.after.shards)
-        given = received = 0
+        gone = [number for number in self.before.by_id if number not in self.after.by_id]
+        given = sum(self.before.owned(number).width // SLOT for number in gone)
+        received = 0
         for shard in self.after.shards:
             held = self.before.owned(shard.id).width // SLOT if shard.id in self.before.by_id else 0
             given += max(0, held - -(-SLOTS * shard.weight // total))
@@ -74,7 +115,9 @@ class Move:
 
     @property
     def unevenness(self) -> float:
-        """Slots by which the shard that is farthest from its exact share misses it."""
+        """Slots by which the shard that is farthest from its exact share misses it, after whichever change."""
+        if self.changes:
+            return max(one.unevenness for one in self.changes)
         total = sum(shard.weight for shard in self.after.shards)
         return max(
             abs(self.after.owned(shard.id).width / SLOT - SLOTS * shard.weight / total)
@@ -163,7 +206,7 @@ class Outcome:
     def report(self, options: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
         """The report of a demo that was run with these options and took these times."""
         move = self.move
-        names = {shard.id: shard.name for shard in move.after.shards}
+        names = {number: shard.name for number, shard in move.shards.items()}
         return Report(
             options=options,
             operations=sum(client.operations for client in self.clients),
@@ -181,10 +224,20 @@ class Outcome:
             positions_minimum=move.positions_minimum,
             latency=by_phase(self.measures, self.phases),
             transfers=tuple(_transfer(row, names) for row in move.transfers),
+            changes=tuple(_change(one, names) for one in move.changes or (move,)),
             kills=tuple(kill.point for kill in move.kills),
             seconds=seconds,
             checks=self.checks(),
         )
+
+
+def _change(move: Move, names: Mapping[int, str]) -> ChangeReport:
+    return ChangeReport(
+        move.name,
+        move.positions_moved,
+        move.positions_minimum,
+        tuple(_transfer(row, names) for row in move.transfers),
+    )
 
 
 def _transfer(row: TransferRow, names: Mapping[int, str]) -> TransferReport:

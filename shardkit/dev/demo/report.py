@@ -52,6 +52,26 @@ class TransferReport:
     pause_ms: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class ChangeReport:
+    """One change of placement: its name, and what it moved."""
+
+    name: str
+    positions_moved: int
+    positions_minimum: int
+    transfers: tuple[TransferReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The change for ``--json``."""
+        return {
+            "change": self.name,
+            "positions_moved": self.positions_moved,
+            "positions_minimum": self.positions_minimum,
+            "cutover_pause_ms": [transfer.pause_ms.get("total") for transfer in self.transfers],
+            "rows_copied": sum(transfer.rows for transfer in self.transfers),
+        }
+
+
 @dataclass(frozen=True)
 class Report:
     """The result of a demo. ``problems`` are sentences by kind: errors, lost, doubled, stale and others; ``counts``
@@ -74,13 +94,15 @@ class Report:
     kills: tuple[str, ...]
     seconds: Mapping[str, float]
     checks: tuple[Check, ...]
+    changes: tuple[ChangeReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The document of ``--json``.
 
         ``rows_copied`` are those of the transfers, and ``copy_seconds`` is the time of the clock in which they
         arrived: once for transfers side by side, and with the time in which no mover ran if one was killed meanwhile.
-        ``operations`` are all, ``latency_ms`` has those of each phase.
+        ``operations`` are all, ``latency_ms`` has those of each phase. ``changes`` has what each change moved, the
+        numbers without are those of all together.
         """
         return {
             "passed": not self.failed,
@@ -95,6 +117,7 @@ class Report:
             "rows_after": {name: dict(tables) for name, tables in self.rows_after.items()},
             "positions_moved": self.positions_moved,
             "positions_minimum": self.positions_minimum,
+            "changes": [change.as_dict() for change in self.changes],
             "latency_ms": {
                 phase: {
                     "p50": latency.p50,
@@ -142,8 +165,8 @@ class Report:
 
     def draw(self, console: Console) -> None:
         """The summary."""
-        names = [shard.name for shard in self.topology_after.shards]
-        palette = Palette(names, coloured=console.color_system is not None)
+        both = (*self.topology_after.shards, *self.topology_before.shards)
+        palette = Palette(list(dict.fromkeys(shard.name for shard in both)), coloured=console.color_system is not None)
         rings = [ring(self.topology_before, "before", palette), ring(self.topology_after, "after", palette)]
         _section(console, "The ring, from the smallest position at the top clockwise")
         console.print(side_by_side(rings, 8), soft_wrap=True)
@@ -155,6 +178,9 @@ class Report:
             f"  keys moved: {moved:.4%} of all positions; the theoretical minimum is {minimum:.4%}",
             soft_wrap=True,
         )
+        for change in self.changes if len(self.changes) > 1 else ():
+            moved, minimum = change.positions_moved / 2**64, change.positions_minimum / 2**64
+            console.print(f"    {change.name}: {moved:.4%}; {minimum:.4%}", soft_wrap=True)
         _section(console, "The move")
         console.print(self._transfers_table())
         if "copy" in self.kills:

@@ -1,8 +1,9 @@
 """The demo from its first server to its last check.
 
 Three real servers, a catalog, two shards; client processes that work on them through the session; a third shard added
-meanwhile by the real command in a process of its own; then the end check of every acknowledged write. Driven by the
-command `shardkit demo`. Everything it makes is temporary and goes with it.
+meanwhile by the real command in a process of its own, and if so told, one weighed otherwise and one removed; then the
+end check of every acknowledged write. Driven by the command `shardkit demo`. Everything it makes is temporary and goes
+with it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ ALONE = 1.0
 """Seconds that the clients work on after a mover was killed, before the next one takes over."""
 MODELS = f"{Base.__module__}:{Base.__name__}"
 """The application's models, as the commands take them."""
+REWEIGHT = ("reweight", "s1=200")
+REMOVE = ("remove", "s2")
 _USERS_A_WORKER = 20
 
 KILL_POINTS: dict[str, tuple[str, Phase]] = {
@@ -51,13 +54,16 @@ KILL_POINTS: dict[str, tuple[str, Phase]] = {
 @dataclass(frozen=True)
 class Options:
     """The sizes of a demo: users at first, client processes, seconds of work before and after the move together, and
-    the points of `KILL_POINTS` at which a mover is killed, in this order."""
+    the points of `KILL_POINTS` at which a mover is killed, in this order, while the shard is added; whether another one
+    gets another weight after that, and whether one is removed."""
 
     users: int = 5000
     clients: int = 3
     seconds: float = 20.0
     kill_mover: tuple[str, ...] = ()
     seed: int = 1
+    reweight: bool = False
+    remove: bool = False
 
     def check(self) -> None:
         """`UsageError` for what cannot be run."""
@@ -117,12 +123,18 @@ class Demo:
             self._work(started, "warm-up", WARM_UP)
             self._work(started, "before", self._options.seconds / 2)
             with self._phase("during"):
-                move = self._add_shard(started)
+                changes = [self._add_shard(started)]
+                for wanted, arguments in (
+                    (self._options.reweight, REWEIGHT),
+                    (self._options.remove, REMOVE),
+                ):
+                    if wanted and not changes[-1].status:
+                        changes.append(self._change(started, *arguments))
             self._work(started, "after", self._options.seconds / 2)
             self._narrator.say("stopping the clients")
             stop(started)
             with self._timed("check"):
-                outcome = self._outcome(started, move)
+                outcome = self._outcome(started, Move.of(changes))
         return outcome.report(asdict(self._options), self._seconds)
 
     @contextmanager
@@ -191,7 +203,7 @@ class Demo:
     def _add_shard(self, started: Sequence[ClientProcess]) -> Move:
         with Catalog.open(self._catalog) as catalog:
             before, job_before = _current(catalog), catalog.latest_job()
-            rows_before = endcheck.count_rows(before)
+            rows_before = endcheck.count_rows(before.shards)
             kills = list(self._options.kill_mover)
             ended = self._mover(kills, "shard", "add", "s3", self._urls[2], "--models", MODELS, "--yes")
             killed = []
@@ -205,7 +217,21 @@ class Demo:
             job = catalog.latest_job()
             # One that could not even start is no job, and the latest is another one's.
             transfers = catalog.transfers(job.id) if job and job != job_before else []
-            return Move(before, _current(catalog), rows_before, transfers, ended.status, ended.output, killed)
+            after = _current(catalog)
+            return Move(
+                before, after, rows_before, transfers, ended.status, ended.output, killed, "add shard s3"
+            )
+
+    def _change(self, started: Sequence[ClientProcess], *arguments: str) -> Move:
+        """Another change of placement, by its command."""
+        with Catalog.open(self._catalog) as catalog:
+            before, job_before = _current(catalog), catalog.latest_job()
+            ended = self._mover((), "shard", *arguments, "--yes")
+            self._narrator.say(f"during: {_tally(started)}")
+            job = catalog.latest_job()
+            transfers = catalog.transfers(job.id) if job and job != job_before else []
+            after = _current(catalog)
+            return Move(before, after, {}, transfers, ended.status, ended.output, [], " ".join(arguments))
 
     def _mover(self, kills: Sequence[str], *arguments: str) -> Ended:
         """Run a mover in a process of its own, to be killed at the first of ``kills`` if there is one."""
@@ -224,7 +250,7 @@ class Demo:
         layout = self._options.layout
         found = findings.examine(expected, layout, move.after, endcheck.stored_rows(move.after))
         with Catalog.open(self._catalog) as catalog:
-            left = endcheck.leftovers(catalog, move.after)
+            left = endcheck.leftovers(catalog, move.after, move.left)
         return Outcome(
             clients=[_told(client) for client in started],
             measures=[Measures.load(client.configuration.measures) for client in started if client.report],
@@ -233,7 +259,7 @@ class Demo:
             writes=expected.writes,
             findings=found,
             leftovers=left,
-            rows_after=endcheck.count_rows(move.after),
+            rows_after=endcheck.count_rows(move.shards.values()),
         )
 
 
