@@ -10,7 +10,7 @@ from rich.console import Console
 
 from shardkit.core.errors import JobRunning, NothingToDo
 from shardkit.core.move import Mode
-from shardkit.rebalance.mover import plan_job
+from shardkit.rebalance.mover import AT_MOST, plan_job
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 
@@ -54,7 +54,7 @@ def plan(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 
 def look(catalog: str, mode: Mode = Mode.AUTO) -> dict[str, Any]:
     """The plan of the weights that the topology states; `JobRunning` while a job is unfinished."""
-    with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
+    with Catalog.open(catalog) as opened, ShardConnections("shardkit plan", at_most=AT_MOST) as shards:
         if opened.running_job() is not None:
             raise JobRunning
         topology, placement = plan_job(opened)

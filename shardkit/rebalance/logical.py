@@ -8,7 +8,6 @@ any point. What is to be cleaned up is named in the catalog before it is made.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,10 @@ from .verify import Verifier
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
+ROOM_POLL = 0.25
+"""Seconds between two looks at servers that are full."""
+GRACE = 2.0
+"""Seconds until what no transfer of this mover takes counts as taken for good."""
 SMALL_LAG = 0.5
 """Seconds in which the target must have applied everything before rows are compared."""
 
@@ -48,6 +51,7 @@ class LogicalCopier:
     def end(self) -> None:
         """End the copy on both sides, so that nothing done to the rows on one reaches the other."""
         self.stream.drop()
+        self._run.around.room.leave(self._run.row.id)
 
     take_back = end
 
@@ -67,6 +71,7 @@ class LogicalCopier:
         run = self._run
         topology = run.topology()
         self.end()  # what a copy that begins again left takes slots that it needs
+        self._enter_room()
         preflight.check(topology, run.source_shard, run.target_shard, run.shards, Mode.LOGICAL)
         with run.around.fitting:
             for table in run.tables:
@@ -82,6 +87,24 @@ class LogicalCopier:
         run.catalog.forget(run.row.id, "copy_began")
         run.catalog.note(run.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
         return Event.PREPARED
+
+    def _enter_room(self) -> None:
+        """Wait while the servers have too little for this transfer beside those that run. What others than these take
+        is not waited for: the preflight refuses, with whatever else is in the way."""
+        run = self._run
+        here, there = self._both()
+        began = time.monotonic()
+        while (full := run.around.room.enter(run.row.id, run.name, here, there, len(run.tables))) is not None:
+            # What a transfer has dropped goes a moment after it.
+            if not full.will_end and time.monotonic() - began > GRACE:
+                break
+            run.waits.tell(f"the copy waits for {full.reason}")
+            run.around.pause(ROOM_POLL)
+        run.waits.tell(None)
+
+    def _stay_in_room(self) -> None:
+        run = self._run
+        run.around.room.stay(run.row.id, run.name, run.source, run.target, len(run.tables))
 
     def _install(self, index: int, table: ShardedTable) -> None:
         run = self._run
@@ -110,7 +133,7 @@ class LogicalCopier:
             inspection.Against.EVERYBODY,
         )
 
-    def _both(self) -> Iterable[tuple[Shard, Connection]]:
+    def _both(self) -> tuple[tuple[Shard, Connection], tuple[Shard, Connection]]:
         run = self._run
         return ((run.source_shard, run.source), (run.target_shard, run.target))
 
@@ -137,6 +160,7 @@ class LogicalCopier:
     def copy(self) -> Event:
         """Until every table is on the target."""
         run = self._run
+        self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
         record = run.catalog.transfer(run.row.id).record
@@ -169,6 +193,7 @@ class LogicalCopier:
 
     def catch_up(self) -> Event:
         """Until the target is less than `SMALL_LAG` behind."""
+        self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
         while self.stream.wait_replayed() > SMALL_LAG:
@@ -178,6 +203,7 @@ class LogicalCopier:
     def verify(self) -> Event:
         """Compare both sides by content."""
         run = self._run
+        self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
         preflight.check_tables(

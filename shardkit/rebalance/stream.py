@@ -79,6 +79,7 @@ class Stream:
     def create_slot(self) -> None:
         """The slot, as soon as every transaction that writes now has ended."""
         what = f"the replication slot on shard {self._publisher_shard.name}"
+        deadline = time.monotonic() + self._around.patience
         while True:
             self._claim_publisher()
             slot = replication.slot_state(self._publisher, self.name)
@@ -94,12 +95,19 @@ class Stream:
             replication.drop_slot(self._publisher, self.name)
             # On a connection of its own: it may take as long as the longest transaction that writes now.
             connection = self._run.shards.get(self._publisher_shard)
-            with suppress(psycopg.errors.DuplicateObject):
-                attended(
-                    connection,
-                    partial(replication.create_slot, connection, self.name),
-                    self._waits.looking_after(what, self._publisher_shard, connection.info.backend_pid),
-                )
+            try:
+                with suppress(psycopg.errors.DuplicateObject):
+                    attended(
+                        connection,
+                        partial(replication.create_slot, connection, self.name),
+                        self._waits.looking_after(what, self._publisher_shard, connection.info.backend_pid),
+                    )
+            except psycopg.errors.ConfigurationLimitExceeded as error:
+                # Somebody else's replication took what was free when the preflight looked.
+                self._waits.tell(f"{what} waits for one that is free (max_replication_slots)")
+                if time.monotonic() > deadline:
+                    raise MoveWaiting(f"{what[0].upper()}{what[1:]} could not be made: {error}.") from error
+                self._around.pause(POLL)
 
     def _claim_publisher(self) -> None:
         with transaction(self._publisher, *PATIENT):
