@@ -17,13 +17,14 @@ from shardkit.storage import change, inspection, numbering, replication, sequenc
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
 
-from .verify import SMALL, Verifier
+from .verify import IN_CUTOVER, TooMany, Verifier
 
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
 CATCH_UP_LIMIT = 0.5
 """Seconds that the target may take for the last writes while applications wait."""
+MANY = "too many rows were written since they were compared"
 COMPARE_LIMIT = "500ms"
 """Time that one query of the last comparison may take."""
 _FLUSH = (*SHORT, ("lock_timeout", "200ms"), ("synchronous_commit", "on"))
@@ -66,6 +67,8 @@ class Cutover:
             self._verifier.remaining_differences(COMPARE_LIMIT)
         except psycopg.errors.QueryCanceled as error:
             raise Postponed("the last comparison took too long") from error
+        except TooMany as error:
+            raise Postponed(MANY) from error
         self.clock("verified")
         sequences.pass_over(run.source, run.target, self._sequences)
         sourceguard.set_moved(source, run.row.id, run.target_shard.name)
@@ -86,8 +89,8 @@ class Cutover:
     def _catch_up(self) -> None:
         run = self._run
         started = time.monotonic()
-        if len(sourceguard.peek_changes(run.source, run.row.id)) > 5 * SMALL:
-            raise Postponed("too many rows were written since they were compared")
+        if len(sourceguard.peek_changes(run.source, run.row.id, IN_CUTOVER + 1)) > IN_CUTOVER:
+            raise Postponed(MANY)
         before = replication.copy_state(run.target, run.name)
         first = replication.sender(run.source, run.name)
         if before is None or not before.enabled or before.ready != before.tables or first is None:

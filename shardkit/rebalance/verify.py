@@ -29,8 +29,16 @@ Suspect = tuple[int, str]
 NOTES_A_ROUND = 20_000
 ROWS_A_QUERY = 1_000
 ROWS_A_BUCKET = 1_000
+SUSPECTS = 50_000
+"""More rows than that are looked at before the next chunk: what is held here does not grow with the rows that move."""
 SMALL = 200
 """So many noted rows may be left for the cutover."""
+IN_CUTOVER = 5 * SMALL
+"""So many rows are compared while applications wait; with more the cutover is put off."""
+
+
+class TooMany(Exception):
+    """More rows were written since the last comparison than can be compared while applications wait."""
 
 
 @dataclass
@@ -83,24 +91,27 @@ class Verifier:
 
         ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
         """
-        left = self.suspects | set(sourceguard.peek_changes(self.source, self.transfer))
+        left = self.suspects | set(sourceguard.peek_changes(self.source, self.transfer, IN_CUTOVER + 1))
+        if len(left) > IN_CUTOVER:
+            raise TooMany
         differing = self._compare_rows(left, ("statement_timeout", statement_timeout))
         self.certificate["checked_in_cutover"] = len(left)
         if differing:
             self._fail(differing)
 
     def settle_once(self) -> int:
-        """Compare what was noted so far; the number of rows noted since, which the caller may want smaller."""
+        """Compare what was noted so far; the number of rows noted since, which the caller may want smaller: more than
+        `SMALL` is not counted."""
         noted = self.suspects | set(
             sourceguard.take_changes(self.source, self.transfer, self.token, NOTES_A_ROUND)
         )
         self.wait_replayed()
         differing = self._compare_rows(noted)
-        since = set(sourceguard.peek_changes(self.source, self.transfer))
-        if real := differing - since:
+        if real := differing - sourceguard.noted_among(self.source, self.transfer, differing):
             self._fail(real)
         self.suspects = differing
-        return len(since | differing)
+        since = sourceguard.peek_changes(self.source, self.transfer, SMALL + 1)
+        return len(differing.union(since))
 
     def _settle(self, rounds: int = 50) -> int:
         """Rounds until little is left; the number made. A table written faster than it can be compared ends too: the
@@ -128,6 +139,8 @@ class Verifier:
             if mine.get(place) != theirs.get(place):
                 held = max(found[place].rows for found in (mine, theirs) if place in found)
                 self.suspects |= {(index, row) for row in self._differing_rows(index, pieces[place], held)}
+                if len(self.suspects) > SUSPECTS:
+                    self.settle_once()
         rows = sum(part.rows for part in mine.values())
         self.on_rows(rows)
         return rows, len(pieces)
