@@ -53,14 +53,16 @@ def upgrade(url: str, branch: Branch) -> None:
 
 
 @cache
-def _head(branch: Branch) -> str:
+def _heads() -> dict[Branch, str]:
     # Read once: the doctor asks for every shard.
-    return ScriptDirectory.from_config(_config()).get_revision(f"{branch}@head").revision
+    scripts = ScriptDirectory.from_config(_config())
+    branches: tuple[Branch, ...] = ("catalog", "shard")
+    return {branch: scripts.get_revision(f"{branch}@head").revision for branch in branches}
 
 
 def pending(url: str, branch: Branch) -> bool:
     """Whether the branch of the database is behind its head."""
-    head = _head(branch)
+    head = _heads()[branch]
     engine = create_engine(sqlalchemy_url(url), poolclass=NullPool)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table_schema": "shardkit"})
