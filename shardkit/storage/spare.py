@@ -93,7 +93,7 @@ SELECT current_setting('max_replication_slots')::int, ARRAY(SELECT slot_name::te
 # An origin that is tracked belongs to a subscription, to the copy of one of its tables, or to something else.
 _RECEIVING = r"""
 SELECT least(current_setting('max_logical_replication_workers')::int, current_setting('max_worker_processes')::int - 1),
-       ARRAY(SELECT subname::text FROM pg_stat_subscription WHERE pid IS NOT NULL AND relid IS NULL),
+       ARRAY(SELECT DISTINCT subname::text FROM pg_stat_subscription WHERE pid IS NOT NULL AND relid IS NULL),
        coalesce(current_setting('max_active_replication_origins', true),
                 current_setting('max_replication_slots'))::int,
        ARRAY(SELECT coalesce(s.subname, o.external_id)::text FROM pg_replication_origin_status o
@@ -122,7 +122,7 @@ def receiving(connection: Connection) -> dict[Resource, Use]:
     row = connection.execute(_RECEIVING).fetchone() or (0, [], 0, [], 0)
     workers, worker_names, origins, origin_names, copied = row
     return {
-        # Workers that copy come and go, and who finds none free waits for one: they are not counted.
+        # One a subscription: those that copy, or help to apply, come and go, and who finds none free does without.
         Resource.WORKERS: Use(workers, tuple(worker_names), 0),
         Resource.ORIGINS: Use(origins, tuple(origin_names), copied),
     }
