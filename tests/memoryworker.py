@@ -1,6 +1,7 @@
 """A mover in a process of its own: ``python -m tests.memoryworker CATALOG URL``; prints its peak memory in bytes.
 
-While the rows move, all rows of the source, at URL, are written: once as the copy ends, once as it is compared.
+While the rows move, all users on the source, at URL, are written: once as the copy ends, once when a table has been
+compared and what was written meanwhile has still to be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def main(catalog: str, source: str) -> None:
     written: set[Phase] = set()
 
     def write_everything(progress: Progress) -> None:
-        if progress.phase in (Phase.CATCHING_UP, Phase.VERIFYING) and progress.phase not in written:
+        now = progress.phase is Phase.CATCHING_UP or (progress.phase is Phase.VERIFYING and progress.rows > 0)
+        if now and progress.phase not in written:
             written.add(progress.phase)
             with connect(source) as connection:
                 connection.execute("UPDATE public.users SET n = n + 1")

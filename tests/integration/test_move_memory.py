@@ -20,8 +20,8 @@ from tests.sharded import until
 
 T = TypeVar("T")
 
-MARGIN = 12 << 20
-"""Bytes by which two runs of one program may differ."""
+MARGIN = 4 << 20
+"""Bytes by which two runs may differ. It was 7.2 MB where all rows that were written meanwhile were read at once."""
 
 
 def peak(make_shards: MakeShards, users: int) -> int:
