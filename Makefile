@@ -42,6 +42,7 @@ types: $(READY)
 bench: $(READY)
 	$(IN) benchmarks/run.py $(ARGS)
 	$(IN) -m benchmarks.move
+	$(IN) -m benchmarks.growth
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks benchmarks/results

@@ -1,4 +1,4 @@
-"""The progress of a mover on stderr: bars on a terminal, a line for each phase and reason elsewhere."""
+"""The progress of a mover on stderr: bars of what runs on a terminal, a line for each phase and reason elsewhere."""
 
 from __future__ import annotations
 
@@ -58,12 +58,16 @@ class Bars:
         if progress.transfer not in self._tasks:
             name = f"{progress.source} -> {progress.target}"
             self._tasks[progress.transfer] = bars.add_task(name, total=None, facts="", reason="")
-        over = progress.phase in STILL
-        expected = max(progress.rows_expected, progress.rows)
+        task = self._tasks[progress.transfer]
+        if progress.phase in STILL:
+            # A line instead of its bar: of a job with many transfers only those that run fit a screen.
+            bars.update(task, visible=False)  # type: ignore[arg-type]
+            self.say(f"{progress.source} -> {progress.target}: {progress.sentence}")
+            return
         bars.update(
-            self._tasks[progress.transfer],  # type: ignore[arg-type]
-            total=1 if over else expected or None,
-            completed=1 if over else progress.rows,
+            task,  # type: ignore[arg-type]
+            total=max(progress.rows_expected, progress.rows) or None,
+            completed=progress.rows,
             facts=facts(progress),
             reason=f"waits: {progress.waiting_for}" if progress.waiting_for else progress.sentence,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -36,7 +37,7 @@ from shardkit.storage.urls import redacted
 
 from . import jobs
 from .output import count, duration
-from .reach import reach
+from .reach import AT_ONCE, reach
 
 CATALOG = "catalog"
 PREPARED_SECONDS = 5.0
@@ -75,13 +76,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class View:
-    """A shard under examination, what the catalog says of it, and another shard to compare tables with."""
+    """A shard under examination, what the catalog says of it, and how tables are on another shard."""
 
     catalog: Catalog
     topology: Topology
     shard: Shard
     connection: Connection
-    pattern: Connection
+    patterns: Mapping[tuple[str, str], tables.Table | None]
     running: frozenset[int]
     """Ids of the transfers that are not at their end."""
     at_work: bool
@@ -109,21 +110,37 @@ def examine(catalog_url: str) -> list[Finding]:
         )
         at_work = catalog.lease_holder() is not None
         with reach(topology.shards, "shardkit doctor") as reached:
-            answering = [each for each in reached.values() if not isinstance(each, ShardUnreachable)]
-            for shard in topology.shards:
-                connection = reached[shard.id]
-                if isinstance(connection, ShardUnreachable):
-                    findings.append(
-                        Finding(shard.name, "reachable", Level.PROBLEM, connection.message, connection.hint)
-                    )
-                    continue
-                view = View(catalog, topology, shard, connection, answering[0], running, at_work)
-                findings += _examine_shard(view)
             there = {
                 number: each for number, each in reached.items() if not isinstance(each, ShardUnreachable)
             }
+            patterns = _patterns(topology, next(iter(there.values()))) if there else {}
+
+            def look(shard: Shard) -> list[Finding]:
+                connection = reached[shard.id]
+                if isinstance(connection, ShardUnreachable):
+                    return [
+                        Finding(shard.name, "reachable", Level.PROBLEM, connection.message, connection.hint)
+                    ]
+                view = View(catalog, topology, shard, connection, patterns, running, at_work)
+                return list(_examine_shard(view))
+
+            # Side by side, as it is waiting for servers; the catalog's connection is asked by one thread at a time.
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                for found in pool.map(look, topology.shards):
+                    findings += found
             findings += _references(topology, there)
         return findings
+
+
+def _patterns(topology: Topology, connection: Connection) -> dict[tuple[str, str], tables.Table | None]:
+    """How the tables are on one shard, with which those of the others are compared."""
+    found: dict[tuple[str, str], tables.Table | None] = {}
+    for name, table in topology.declared_tables.items():
+        try:
+            found[name] = tables.describe(connection, table)
+        except psycopg.Error:  # told where that shard is examined
+            found[name] = None
+    return found
 
 
 def _examine_shard(view: View) -> Iterator[Finding]:
@@ -366,7 +383,7 @@ def _tables(view: View) -> Iterator[Finding]:
             yield from _home_table(view, table)
             continue
         here = tables.describe(view.connection, table)
-        pattern = here if view.connection is view.pattern else tables.describe(view.pattern, table)
+        pattern = view.patterns[table.schema, table.name]
         if isinstance(table, ReferenceTable):
             wrong = references.problems(table, here)
         else:

@@ -11,7 +11,7 @@ from rich.console import Console
 from shardkit.core.errors import MoveWaiting, NothingToDo
 from shardkit.core.move import Mode
 from shardkit.rebalance.limits import Limits
-from shardkit.rebalance.mover import Mover, plan_job
+from shardkit.rebalance.mover import AT_MOST, Mover, plan_job
 from shardkit.storage.catalog import KEPT_HINT, Catalog, Job
 from shardkit.storage.connections import ShardConnections
 
@@ -70,7 +70,7 @@ def plan(catalog: CatalogUrl, keep_source: KeepSource = False, as_json: AsJson =
 
 def look(catalog: str, mode: Mode = Mode.AUTO, *, keep_source: bool = False) -> dict[str, Any]:
     """The plan of the weights that the topology states; `JobRunning` while a job is unfinished."""
-    with Catalog.open(catalog) as opened, ShardConnections("shardkit plan") as shards:
+    with Catalog.open(catalog) as opened, ShardConnections("shardkit plan", at_most=AT_MOST) as shards:
         opened.require_no_job()
         topology, placement = plan_job(opened)
         described = plans.describe(topology, placement, shards, mode, back=keep_source)

@@ -41,8 +41,8 @@ class Run(NamedTuple):
 
 def append(runs: list[Run], run: Run) -> None:
     """Adds the run that follows the last one; two of one owner become one."""
-    if runs and runs[-1].owner == run.owner:
-        runs[-1] = Run(runs[-1].first, run.end, run.owner)
+    if runs and (last := runs[-1]).owner == run.owner:
+        runs[-1] = Run(last.first, run.end, run.owner)
     else:
         runs.append(run)
 
@@ -82,15 +82,22 @@ def _shifted(
 
     for run in runs:
         first = run.first
+        before = after[-1].owner if after else run.owner
+        # Of a thousand shards few give and few receive: most borders stay.
+        if not (
+            (surplus.get(run.owner) and need.get(before)) or (surplus.get(before) and need.get(run.owner))
+        ):
+            append(after, run)
+            continue
         if after and (count := passing(run.owner, after[-1].owner, run.width)):
             first += count
             assign(run.first, first, after[-1].owner)
         taken = first
         while after and first < run.end and (count := passing(after[-1].owner, run.owner, after[-1].width)):
-            before = after.pop()
+            giver = after.pop()
             taken -= count
-            if before.first < taken:
-                after.append(Run(before.first, taken, before.owner))
+            if giver.first < taken:
+                after.append(Run(giver.first, taken, giver.owner))
         if taken < first:
             assign(taken, first, run.owner)
         if first < run.end:
@@ -114,8 +121,8 @@ def _given_away(runs: Sequence[Run], surplus: Mapping[int, int]) -> list[Run]:
         given += whole
         if missing:
             cuts[shard_id] = missing
-    kept = set(runs).difference(given)
-    wide = [run for run in runs if run in kept and run.width >= cuts.get(run.owner, SLOTS + 1)]
+    gone = set(given)
+    wide = [run for run in runs if run.width >= cuts.get(run.owner, SLOTS + 1) and run not in gone]
     return given + _cut(wide, cuts, {border for run in given for border in (run.first, run.end)})
 
 

@@ -21,13 +21,14 @@ from shardkit.storage.failpoints import failpoint
 
 from .opening import Opening
 from .stream import Stream
-from .verify import SMALL, Verifier
+from .verify import IN_CUTOVER, TooMany, Verifier
 
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
 CATCH_UP_LIMIT = 0.5
 """Seconds that the target may take for the last writes while applications wait."""
+MANY = "too many rows were written since they were compared"
 COMPARE_LIMIT = "500ms"
 """Time that one query of the last comparison may take."""
 _FLUSH = (*SHORT, ("lock_timeout", "200ms"), ("synchronous_commit", "on"))
@@ -111,6 +112,8 @@ class Cutover:
             self._verifier.remaining_differences(COMPARE_LIMIT)
         except psycopg.errors.QueryCanceled as error:
             raise Postponed("the last comparison took too long") from error
+        except TooMany as error:
+            raise Postponed(MANY) from error
         self.clock("verified")
         sequences.pass_over(self._stream.publisher, self._stream.subscriber, self._sequences)
         sourceguard.set_moved(source, run.row.id, self._stream.subscriber_shard.name)
@@ -131,8 +134,8 @@ class Cutover:
     def _catch_up(self) -> None:
         stream = self._stream
         started = time.monotonic()
-        if len(sourceguard.peek_changes(stream.publisher, self._run.row.id)) > 5 * SMALL:
-            raise Postponed("too many rows were written since they were compared")
+        if len(sourceguard.peek_changes(stream.publisher, self._run.row.id, IN_CUTOVER + 1)) > IN_CUTOVER:
+            raise Postponed(MANY)
         before = replication.copy_state(stream.subscriber, stream.name)
         first = replication.sender(stream.publisher, stream.name)
         if before is None or not before.enabled or before.ready != before.tables or first is None:

@@ -28,6 +28,10 @@ from .verify import Verifier
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
+ROOM_POLL = 0.25
+"""Seconds between two looks at servers that are full."""
+GRACE = 2.0
+"""Seconds until what no transfer of this mover takes counts as taken for good."""
 
 class LogicalCopier:
     """One transfer's copy by logical replication, its verification and its cutover."""
@@ -47,6 +51,7 @@ class LogicalCopier:
         """End the copy on both sides, so that nothing done to the rows on one reaches the other."""
         self.stream.drop()
         self._run.clearing.remove_notes(self._run.target_shard)
+        self._run.around.room.leave(self._run.row.id)
 
     take_back = end
 
@@ -63,6 +68,7 @@ class LogicalCopier:
         self.end()  # what a copy that begins again left takes slots that it needs
         if run.keeps_source:
             run.way_back.drop()
+        self._enter_room()
         preflight.check(
             topology, run.source_shard, run.target_shard, run.shards, Mode.LOGICAL, back=run.keeps_source
         )
@@ -85,6 +91,24 @@ class LogicalCopier:
         run.catalog.forget(run.row.id, "copy_began")
         run.catalog.note(run.row.id, identities=identities, rows_expected=rows, bytes_expected=size)
         return Event.PREPARED
+
+    def _enter_room(self) -> None:
+        """Wait while the servers have too little for this transfer beside those that run. What others than these take
+        is not waited for: the preflight refuses, with whatever else is in the way."""
+        run = self._run
+        here, there = (run.source_shard, run.source), (run.target_shard, run.target)
+        began = time.monotonic()
+        while (full := run.around.room.enter(run.row.id, run.name, here, there, len(run.tables))) is not None:
+            # What a transfer has dropped goes a moment after it.
+            if not full.will_end and time.monotonic() - began > GRACE:
+                break
+            run.waits.tell(f"the copy waits for {full.reason}")
+            run.around.pause(ROOM_POLL)
+        run.waits.tell(None)
+
+    def _stay_in_room(self) -> None:
+        run = self._run
+        run.around.room.stay(run.row.id, run.name, run.source, run.target, len(run.tables))
 
     def _install(self, shard: Shard, index: int, table: ShardedTable) -> None:
         run, connection = self._run, self._run.probes.get(shard)
@@ -143,6 +167,7 @@ class LogicalCopier:
     def copy(self) -> Event:
         """Until every table is on the target."""
         run = self._run
+        self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
         record = run.catalog.transfer(run.row.id).record
@@ -176,6 +201,7 @@ class LogicalCopier:
 
     def catch_up(self) -> Event:
         """Until the target is less than `SMALL_LAG` behind."""
+        self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
         if self._run.keeps_source:
@@ -186,6 +212,7 @@ class LogicalCopier:
     def verify(self) -> Event:
         """Compare both sides by content."""
         run = self._run
+        self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
         preflight.check_tables(

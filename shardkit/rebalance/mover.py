@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
@@ -37,6 +38,8 @@ from .progress import Listener
 from .transfer import TransferRun
 from .waiting import Interrupted, Surroundings
 
+AT_MOST = 8
+"""Connections that a look at all shards holds at a time."""
 _AWAY = (psycopg.Error, ShardUnreachable, CatalogUnreachable)
 """What may be one of those errors that `_passes` tells from others."""
 
@@ -190,9 +193,7 @@ class Mover:
         errors: list[BaseException] = []
         with ThreadPoolExecutor(self._parallel, thread_name_prefix="transfer") as pool:
             futures = [
-                pool.submit(self._carry, row, abort)
-                for row in self.catalog.transfers(job.id)
-                if row.phase not in STILL
+                pool.submit(self._carry, row, abort) for row in _in_order(self.catalog.transfers(job.id))
             ]
             try:
                 errors.extend(error for future in futures if (error := future.exception()) is not None)
@@ -226,6 +227,12 @@ class Mover:
         return gone
 
     def _carry(self, row: TransferRow, abort: bool) -> None:
+        try:
+            self._carry_through(row, abort)
+        finally:
+            self._around.room.leave(row.id)
+
+    def _carry_through(self, row: TransferRow, abort: bool) -> None:
         """One transfer to its end, through times in which a server is away."""
         away_since: float | None = None
         while True:
@@ -269,7 +276,7 @@ class Mover:
 
     def _settle(self) -> None:
         deadline = time.monotonic() + self._patience
-        with ShardConnections() as shards:
+        with ShardConnections(at_most=AT_MOST) as shards:
             while True:
                 try:
                     return _settle(self.catalog, shards)
@@ -285,7 +292,7 @@ class Mover:
             with (
                 self._around.changing,
                 Catalog.open(self._catalog_url).use_lease(self._around.token) as catalog,
-                ShardConnections() as shards,
+                ShardConnections(at_most=AT_MOST) as shards,
             ):
                 _settle(catalog, shards)
         except _AWAY as error:
@@ -297,8 +304,9 @@ class Mover:
         topology = catalog.current()
         if topology is None:
             raise TopologyInvalid("The catalog lost its topology.")
-        with ShardConnections() as shards:
-            for shard in topology.shards:
+        for shard in topology.shards:
+            # One after the other: shards may be databases of one server, with connections for applications only.
+            with ShardConnections() as shards:
                 for table in topology.tables:
                     self._restore_identity(shards.get(shard), table)
 
@@ -322,6 +330,20 @@ def _state(phases: Collection[Phase]) -> str:
     if Phase.DONE in phases:
         return "done"
     return "rolled back" if Phase.ROLLED_BACK in phases else "aborted"
+
+
+def _in_order(rows: Iterable[TransferRow]) -> list[TransferRow]:
+    """The transfers that are to be carried: first those that were begun, which hold what others would wait for; then in
+    turns from every source, so that those side by side load different servers."""
+    ranks = Counter[int]()
+    ranked: list[tuple[int, TransferRow]] = []
+    for row in rows:
+        if row.phase in STILL:
+            continue
+        begun = row.phase is not Phase.PLANNED
+        ranked.append((-1 if begun else ranks[row.source], row))
+        ranks[row.source] += not begun
+    return [row for _, row in sorted(ranked, key=lambda each: each[0])]
 
 
 def _settle(catalog: Catalog, shards: ShardConnections) -> None:

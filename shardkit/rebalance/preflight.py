@@ -10,7 +10,17 @@ import psycopg
 from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.move import Mode
 from shardkit.core.topology import Shard, ShardedTable, Topology
-from shardkit.storage import indoubt, inspection, numbering, replication, sequences, servers, tables, traps
+from shardkit.storage import (
+    indoubt,
+    inspection,
+    numbering,
+    replication,
+    sequences,
+    servers,
+    spare,
+    tables,
+    traps,
+)
 from shardkit.storage.connections import Connection, ShardConnections, value
 from shardkit.storage.predicate import relation
 
@@ -40,8 +50,11 @@ def check(
         reasons += [f"shard {shard.name}: {reason}" for reason in server_problems(connection)]
         reasons += [f"shard {shard.name}: {reason}" for reason in _doubtful(connection)]
     if replicated:
-        reasons += [f"shard {source.name}: {reason}" for reason in _sender(here)]
-        reasons += [f"shard {target.name}: {reason}" for reason in _receiver(there, len(topology.tables))]
+        need = spare.Need.of(there, len(topology.tables))
+        reasons += [f"shard {source.name}: {reason}" for reason in _sender(here, need)]
+        reasons += [
+            f"shard {target.name}: {reason}" for reason in spare.short_of(spare.receiving(there), need)
+        ]
     for table in topology.tables:
         altered = [*_altered_now(table, here, source), *_altered_now(table, there, target)]
         if altered:
@@ -52,8 +65,11 @@ def check(
         if replicated:
             reasons += _unreplicated(table, here, there, source, target)
     if back and replicated:
-        reasons += [f"to go back, shard {target.name}: {reason}" for reason in _sender(there, slots=1)]
-        reasons += [f"to go back, shard {source.name}: {reason}" for reason in _receiver(here, 0)]
+        alone = spare.Need(dict.fromkeys(spare.Resource, 0))  # nothing is copied on the way back
+        reasons += [f"to go back, shard {target.name}: {reason}" for reason in _sender(there, alone)]
+        reasons += [
+            f"to go back, shard {source.name}: {reason}" for reason in spare.short_of(spare.receiving(here), alone)
+        ]
         reasons += _way_back(here, there, source, target)
     elif back:
         reasons.append(
@@ -160,42 +176,13 @@ def _way_back(here: Connection, there: Connection, source: Shard, target: Shard)
     return reasons
 
 
-def _sender(source: Connection, slots: int = 2) -> list[str]:
+def _sender(source: Connection, need: spare.Need) -> list[str]:
     reasons = []
     if not servers.replicates_logically(source):
         reasons.append(
             "wal_level is not logical (ALTER SYSTEM SET wal_level = logical, then restart; or move with --mode locked)"
         )
-    free, senders = source.execute(
-        """
-        SELECT current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots),
-               current_setting('max_wal_senders')::int - (SELECT count(*) FROM pg_stat_replication)
-        """
-    ).fetchone() or (0, 0)
-    # One for the subscription, and one at least for a table's first copy.
-    if free < slots:
-        reasons.append(f"{free} replication slots are free and {slots} are needed (max_replication_slots)")
-    if senders < slots:
-        reasons.append(f"{senders} walsenders are free and {slots} are needed (max_wal_senders)")
-    return reasons
-
-
-def _receiver(target: Connection, tables_to_copy: int) -> list[str]:
-    reasons = []
-    workers, origins = target.execute(
-        """
-        SELECT current_setting('max_logical_replication_workers')::int
-                   - (SELECT count(*) FROM pg_stat_subscription WHERE pid IS NOT NULL),
-               coalesce(current_setting('max_active_replication_origins', true),
-                        current_setting('max_replication_slots'))::int
-                   - (SELECT count(*) FROM pg_replication_origin_status)
-        """
-    ).fetchone() or (0, 0)
-    if workers < 2:
-        reasons.append(f"{workers} logical replication workers are free and 2 are needed")
-    if origins < tables_to_copy + 1:
-        reasons.append(f"{origins} replication origins are free and {tables_to_copy + 1} are needed")
-    return reasons
+    return reasons + spare.short_of(spare.sending(source), need)
 
 
 def _table(

@@ -122,6 +122,7 @@ class Stream:
     def create_slot(self) -> None:
         """The slot, as soon as every transaction that writes now has ended."""
         what = f"the replication slot on shard {self.publisher_shard.name}"
+        deadline = time.monotonic() + self._around.patience
         while True:
             self._claim_publisher()
             slot = replication.slot_state(self.publisher, self.name)
@@ -136,9 +137,16 @@ class Stream:
                 continue
             # On a connection of its own: it may take as long as the longest transaction that writes now.
             connection = self._run.shards.get(self.publisher_shard)
-            with replication.slot_lock(connection, self.name) as mine:
-                if mine:
-                    self._make_slot(connection, what)
+            try:
+                with replication.slot_lock(connection, self.name) as mine:
+                    if mine:
+                        self._make_slot(connection, what)
+            except psycopg.errors.ConfigurationLimitExceeded as error:
+                # Somebody else's replication took what was free when the preflight looked.
+                self._waits.tell(f"{what} waits for one that is free (max_replication_slots)")
+                if time.monotonic() > deadline:
+                    raise MoveWaiting(f"{what[0].upper()}{what[1:]} could not be made: {error}.") from error
+                mine = False
             if not mine:
                 self._around.pause(POLL)
 

@@ -34,8 +34,16 @@ ROWS_A_QUERY = 1_000
 ROWS_A_BUCKET = 1_000
 LOOK_AGAIN = (0.1, 0.3, 0.6)
 """Seconds after which rows that differ are compared again, before it is told."""
+SUSPECTS = 50_000
+"""More rows than that are looked at before the next chunk: what is held here does not grow with the rows that move."""
 SMALL = 200
 """So many noted rows may be left for the cutover."""
+IN_CUTOVER = 5 * SMALL
+"""So many rows are compared while applications wait; with more the cutover is put off."""
+
+
+class TooMany(Exception):
+    """More rows were written since the last comparison than can be compared while applications wait."""
 
 
 @dataclass
@@ -99,25 +107,27 @@ class Verifier:
 
         ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
         """
-        left = self.suspects | self._noted()
+        left = self.suspects | self._noted(IN_CUTOVER + 1)
+        if len(left) > IN_CUTOVER:
+            raise TooMany
         differing = self._compare_rows(left, ("statement_timeout", statement_timeout))
         self.certificate |= {"checked_in_cutover": len(left), "checked_at": _now()}
         if differing:
             self._fail(differing)
 
     def settle_once(self) -> int:
-        """Compare what was noted so far; the number of rows noted since, which the caller may want smaller."""
+        """Compare what was noted so far; the number of rows noted since, which the caller may want smaller: more than
+        `SMALL` is not counted."""
         noted = set(self.suspects)
         for side in (self.source, self.target):
             noted |= set(sourceguard.take_changes(side, self.transfer, self.token, NOTES_A_ROUND))
         self.wait_replayed()
         differing = self._compare_rows(noted)
         self._compared_again += len(noted)
-        since = self._noted()
-        if real := self._lasting(differing - since):
+        if real := self._lasting(differing - self._noted_among(differing)):
             self._fail(real)
         self.suspects = differing
-        return len(since | differing)
+        return len(differing | self._noted(SMALL + 1))
 
     def _lasting(self, differing: set[Suspect]) -> set[Suspect]:
         """Those that still differ after a while: a cascade on the target may be committed before that on the source."""
@@ -126,15 +136,25 @@ class Verifier:
                 break
             time.sleep(pause)
             self.wait_replayed()
-            differing = self._compare_rows(differing) - self._noted()
+            differing = self._compare_rows(differing)
+            differing -= self._noted_among(differing)
         return differing
 
-    def _noted(self) -> set[Suspect]:
-        """Rows written since, on the source by applications, on the target by whoever has no business there."""
+    def _noted(self, limit: int) -> set[Suspect]:
+        """Rows written since, on the source by applications, on the target by whoever has no business there; about
+        ``limit`` a side at most."""
         return {
             suspect
             for side in (self.source, self.target)
-            for suspect in sourceguard.peek_changes(side, self.transfer)
+            for suspect in sourceguard.peek_changes(side, self.transfer, limit)
+        }
+
+    def _noted_among(self, rows: set[Suspect]) -> set[Suspect]:
+        """Those of the rows that were written since, on either side."""
+        return {
+            suspect
+            for side in (self.source, self.target)
+            for suspect in sourceguard.noted_among(side, self.transfer, rows)
         }
 
     def _settle(self, rounds: int = 50) -> int:
@@ -164,6 +184,8 @@ class Verifier:
             if mine.get(place) != theirs.get(place):
                 held = max(found[place].rows for found in (mine, theirs) if place in found)
                 self.suspects |= {(index, row) for row in self._differing_rows(index, pieces[place], held)}
+                if len(self.suspects) > SUSPECTS:
+                    self.settle_once()
         ours = _total(mine)
         self.on_rows(ours.rows)
         return ours, _total(theirs), len(pieces)

@@ -19,6 +19,7 @@ from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 
 from .progress import Listener, Tracker
+from .room import Room
 
 
 class Interrupted(Exception):
@@ -27,8 +28,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the transfers of a job share: the catalog, the lease, the stop, and what only one does at a time: change the
-    topology, fit replica identities."""
+    """What the transfers of a job share: the catalog, the lease, the stop, the room on servers, and what only one does
+    at a time: change the topology, fit replica identities."""
 
     catalog_url: str
     token: int
@@ -37,6 +38,7 @@ class Surroundings:
     changing: threading.Lock
     patience: float
     fitting: threading.Lock = field(default_factory=threading.Lock)
+    room: Room = field(default_factory=Room)
 
     def pause(self, seconds: float) -> None:
         """Wait, or raise `Interrupted` at once when the operator stops the mover."""

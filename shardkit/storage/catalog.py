@@ -34,6 +34,18 @@ KEPT_HINT = (
     "`shardkit rebalance finalize` deletes the moved rows from their sources, `shardkit rebalance rollback` brings the "
     "arcs back."
 )
+KEPT = 16
+"""So many topologies are kept whole beside the current one."""
+# A row stays for each version: no number comes twice, and a shard that took no part in a change since has a copy to be
+# compared with it. What is not read any more is its document, of which a thousand shards would fill gigabytes; but for
+# the last that names a shard which has left: by that its number is known as used.
+_FORGET = """
+UPDATE shardkit.topologies t SET document = '{}'
+WHERE t.version >= %(version)s - %(window)s AND t.version < %(version)s - %(kept)s AND t.document <> '{}'
+  AND (t.state = 'impossible' OR t.state = 'past' AND NOT EXISTS (
+      SELECT FROM jsonb_array_elements(t.document -> 'shards') shard WHERE (shard ->> 'id')::int <> ALL (%(ids)s)
+  ))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +269,9 @@ class Catalog:
             )
             if cursor.rowcount != 1:
                 raise MoverSuperseded
+            ids = [shard.id for shard in topology.shards]
+            bounds = {"version": topology.version, "kept": KEPT, "window": 4 * KEPT}
+            cursor.execute(_FORGET, {**bounds, "ids": ids})
             self.event(cursor, "topology", version=topology.version, digest=topology.digest)
 
     def discard(self, topology: Topology) -> None:
@@ -337,10 +352,11 @@ class Catalog:
         return self._job(_LATEST_JOB)
 
     def finish_job(self, job_id: int, state: str) -> None:
-        """End a job as ``done``, ``aborted`` or ``rolled back``."""
+        """End a job as ``done``, ``aborted`` or ``rolled back``; where its goal would have put every arc is forgotten."""
         with self.writing("catalog.finish_job") as cursor:
             cursor.execute(
-                "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL WHERE id = %s",
+                "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL, "
+                """goal = goal || '{"tokens": [], "owners": []}' WHERE id = %s""",
                 (state, job_id),
             )
             self.event(cursor, f"job {state}", job=job_id)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from shardkit.core.errors import (
     CatalogAccessRefused,
@@ -110,11 +111,14 @@ def connect_catalog(url: str, **extra: Any) -> Connection:
 class ShardConnections:
     """One administrative connection a shard, opened when first asked for; a context manager that closes them.
 
-    Not for several threads: each worker of a mover has its own.
+    Not for several threads: each worker of a mover has its own. With ``at_most`` the connection that was asked for
+    least recently is closed when one more is opened, unless it is in a transaction: for who looks at one shard after
+    the other, and keeps none for later.
     """
 
-    def __init__(self, application: str = "shardkit mover") -> None:
+    def __init__(self, application: str = "shardkit mover", *, at_most: int | None = None) -> None:
         self._application = application
+        self._at_most = at_most
         self._open: dict[int, Connection] = {}
 
     def __enter__(self) -> ShardConnections:
@@ -131,11 +135,23 @@ class ShardConnections:
 
     def get(self, shard: Shard) -> Connection:
         """The connection to a shard, opened again if it was lost; `ShardUnreachable`."""
-        connection = self._open.get(shard.id)
+        connection = self._open.pop(shard.id, None)
         if connection is None or connection.closed:
+            self._make_room()
             connection = connect_shard(shard.url, shard.name, application=self._application)
-            self._open[shard.id] = connection
+        self._open[shard.id] = connection  # the last one: they are in the order of their use
         return connection
+
+    def _make_room(self) -> None:
+        if self._at_most is None or len(self._open) < self._at_most:
+            return
+        idle = (
+            number
+            for number, connection in self._open.items()
+            if connection.closed or connection.info.transaction_status is TransactionStatus.IDLE
+        )
+        if (number := next(idle, None)) is not None:
+            self._open.pop(number).close()
 
 
 def _is_refusal(error: psycopg.OperationalError) -> bool:

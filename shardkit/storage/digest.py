@@ -32,6 +32,8 @@ TEXT_FORM = (
 )
 """Settings of a transaction that digests rows: all that the text form of a value depends on."""
 ROWS_A_CHUNK = 20_000
+CHUNKS = 1 << 14
+"""More chunks than about so many are not made of a table: of a larger one they have more rows each."""
 BY_INDEX = (("enable_hashjoin", "off"), ("enable_mergejoin", "off"))
 """Settings under which a few rows are sought one by one, whatever the planner knows of the table."""
 _ROW = sql.SQL("t")
@@ -65,8 +67,9 @@ def snapshot(connection: Connection, *settings: tuple[str, str]) -> AbstractCont
 
 
 def chunks(arcs: ArcSet, rows: float) -> list[Arc]:
-    """Cut arcs into pieces of about `ROWS_A_CHUNK` rows each, if ``rows`` are spread evenly over them."""
-    size = max(1, round(arcs.width * ROWS_A_CHUNK / max(rows, 1)))
+    """Cut arcs into pieces of about `ROWS_A_CHUNK` rows each, if ``rows`` are spread evenly over them, and into no more
+    than `CHUNKS` beside one for each arc."""
+    size = max(1, arcs.width // CHUNKS, round(arcs.width * ROWS_A_CHUNK / max(rows, 1)))
     pieces = []
     for first, last in arcs:
         number = max(1, -(-(last - first + 1) // size))

@@ -5,6 +5,7 @@ The scripts are the top-level ``migrations/`` of the source tree, installed as `
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -51,10 +52,17 @@ def upgrade(url: str, branch: Branch) -> None:
         connection.commit()
 
 
+@cache
+def _heads() -> dict[Branch, str]:
+    # Read once: the doctor asks for every shard.
+    scripts = ScriptDirectory.from_config(_config())
+    branches: tuple[Branch, ...] = ("catalog", "shard")
+    return {branch: scripts.get_revision(f"{branch}@head").revision for branch in branches}
+
+
 def pending(url: str, branch: Branch) -> bool:
     """Whether the branch of the database is behind its head."""
-    script = ScriptDirectory.from_config(_config())
-    head = script.get_revision(f"{branch}@head").revision
+    head = _heads()[branch]
     engine = create_engine(sqlalchemy_url(url), poolclass=NullPool)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"version_table_schema": "shardkit"})

@@ -18,7 +18,7 @@ a fence: it locks an empty relation by a name which the decision renames, and na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from psycopg import sql
 
@@ -293,12 +293,26 @@ def take_changes(source: Connection, transfer: int, token: int, limit: int) -> l
         return [(index, key) for index, key in rows]
 
 
-def peek_changes(source: Connection, transfer: int) -> list[tuple[int, str]]:
-    """The rows noted so far, left where they are."""
+def peek_changes(source: Connection, transfer: int, limit: int | None = None) -> list[tuple[int, str]]:
+    """The rows noted so far, ``limit`` at most if one is given, left where they are."""
     rows = source.execute(
-        "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s", (transfer,)
+        "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s LIMIT %s",
+        (transfer, limit),
     )
     return [(index, key) for index, key in rows]
+
+
+def noted_among(source: Connection, transfer: int, rows: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
+    """Which of these rows are noted."""
+    found = source.execute(
+        """
+        SELECT DISTINCT relation, key FROM shardkit.changed
+        JOIN unnest(%s::int[], %s::text[]) AS asked (relation, key) USING (relation, key)
+        WHERE transfer_id = %s
+        """,
+        ([index for index, _ in rows], [key for _, key in rows], transfer),
+    )
+    return {(index, key) for index, key in found}
 
 
 def wait_for_writers(source: Connection, transfer: int) -> None:

@@ -105,8 +105,8 @@ def test_slots_senders_and_workers_are_counted(make_shards: MakeShards, new_clus
     shards.add("s1", few)
     shards.add("s2", 1)
     assert [text.split(" (")[0] for text in reasons(shards)] == [
-        "shard s1: 1 replication slots are free and 2 are needed",
-        "shard s1: 1 walsenders are free and 2 are needed",
+        "shard s1: 1 replication slots are free and 3 are needed",
+        "shard s1: 1 walsenders are free and 3 are needed",
     ]
     assert [text.split(" (")[0] for text in reasons(shards, "s2", "s1")] == [
         "shard s1: 1 logical replication workers are free and 2 are needed",

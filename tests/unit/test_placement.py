@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -242,6 +243,21 @@ def test_a_thousand_shards() -> None:
     assert placement.slots_moved == placement.slots_minimum == 65
     # Two old shards give a slot each for a new arc.
     assert len(placement.tokens) <= 1000 + 33
+
+
+def test_a_thousand_shards_are_planned_in_a_tenth_of_a_second() -> None:
+    # With 16 arcs each, as many as growing one by one comes to.
+    tokens = tuple(slot_arc(0, 4 * (arc + 1)).last for arc in range(SLOTS // 4))
+    owners = tuple((arc * 7919 + arc // 1000) % 1000 for arc in range(SLOTS // 4))
+    for weights in (equal(1001), equal(1000) | {500: 0}, equal(1000) | dict.fromkeys(range(0, 1000, 2), 103)):
+        before = of(tokens, owners, sorted(weights))
+        taken = []
+        for _ in range(3):
+            began = time.process_time()
+            placement = plan(before, weights)
+            taken.append(time.process_time() - began)
+        assert min(taken) < 0.1
+        assert placement.slots_moved == placement.slots_minimum > 0
 
 
 def test_more_shards_than_slots_can_be_shared_by_remainder() -> None:
