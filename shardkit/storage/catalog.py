@@ -352,7 +352,7 @@ class Catalog:
         return self._job(_LATEST_JOB)
 
     def finish_job(self, job_id: int, state: str) -> None:
-        """End a job as ``done``, ``aborted`` or ``rolled back``; where its goal would have put every arc is forgotten."""
+        """End a job as ``done``, ``aborted`` or ``rolled back``; its goal keeps no tokens."""
         with self.writing("catalog.finish_job") as cursor:
             cursor.execute(
                 "UPDATE shardkit.jobs SET state = %s, finished_at = now(), last_error = NULL, "
