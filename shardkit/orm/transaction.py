@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _PAUSE = 0.002
 _LONGEST_PAUSE = 0.1
+_FOLLOWED = 8
+"""So many newer topologies in a row are followed, however long it takes."""
 
 
 class Routed(Protocol):
@@ -308,6 +310,7 @@ class Waiting:
         self._seconds = seconds
         self._next = _PAUSE
         self._deadline: float | None = None
+        self._followed = 0
 
     @property
     def deadline(self) -> float:
@@ -318,7 +321,9 @@ class Waiting:
 
     def bound(self, stale: StaleFence) -> None:
         """Go on at once, unless the topology keeps changing faster than it can be followed."""
-        if time.monotonic() > self.deadline:
+        self._followed += 1
+        # A slow machine may be past the deadline at the first change.
+        if self._followed > _FOLLOWED and time.monotonic() > self.deadline:
             raise TopologyUnsettled(
                 f"The topology kept changing for {self._seconds:.0f} s.", shard=stale.shard_name
             ) from stale
