@@ -503,7 +503,7 @@ def test_create_all_of_what_cannot_work_creates_nothing(
     @shardkit.sharded(by="owner")
     class Thing(Bad):
         __tablename__ = "things"
-        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[str] = mapped_column(primary_key=True)
         owner: Mapped[int]
 
     assert [problem.table for problem in cluster.check(Bad.metadata) if problem.fatal]
