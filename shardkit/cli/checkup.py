@@ -121,10 +121,12 @@ def examine(catalog_url: str) -> list[Finding]:
                     return [
                         Finding(shard.name, "reachable", Level.PROBLEM, connection.message, connection.hint)
                     ]
-                view = View(catalog, topology, shard, connection, patterns, running, at_work)
-                return list(_examine_shard(view))
+                # Transactions of several threads on one connection would run into each other.
+                with Catalog.open(catalog_url, application="shardkit doctor") as own:
+                    view = View(own, topology, shard, connection, patterns, running, at_work)
+                    return list(_examine_shard(view))
 
-            # Side by side, as it is waiting for servers; the catalog's connection is asked by one thread at a time.
+            # Side by side, as it is waiting for servers.
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 for found in pool.map(look, topology.shards):
                     findings += found
