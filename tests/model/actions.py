@@ -93,6 +93,20 @@ LOCKED: dict[Action, tuple[Step, ...]] = {
 """Where the copier of the locked mode does something else."""
 
 
+UNMODELLED = frozenset(
+    {
+        Action.CATCH_UP_BACK,
+        Action.VERIFY_BACK,
+        Action.CUT_BACK,
+        Action.OPEN_BACK,
+        Action.CLEAR,
+        Action.STAY,
+    }
+)
+"""The way back of a source that was kept: not modelled yet. It uses the steps of the way there, with the shards' parts
+exchanged; what tests it is `tests/crash/test_rollback_killed.py` and `tests/race/test_rollback_under_writers.py`."""
+
+
 def program(action: Action, rules: frozenset[Rule], *, locked: bool = False) -> tuple[Step, ...]:
     """The steps of an action under the rules."""
     if locked and action in LOCKED:

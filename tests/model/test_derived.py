@@ -23,22 +23,10 @@ JOURNEYS = (
 )
 
 
-UNMODELLED = frozenset(
-    {
-        Action.CATCH_UP_BACK,
-        Action.VERIFY_BACK,
-        Action.CUT_BACK,
-        Action.OPEN_BACK,
-        Action.CLEAR,
-        Action.STAY,
-    }
-)
-"""The way back of a source that was kept: not modelled yet. It uses the steps of the way there, with the shards' parts
-exchanged; what tests it is `tests/crash/test_rollback_killed.py` and `tests/race/test_rollback_under_writers.py`."""
 _MODELLED = [
     row
     for row in TABLE
-    if not {row.phase, row.next} & {Phase.KEPT, *(p for p in ACTIONS if ACTIONS[p] in UNMODELLED)}
+    if not {row.phase, row.next} & {Phase.KEPT, *(p for p in ACTIONS if ACTIONS[p] in actions.UNMODELLED)}
 ]
 
 
@@ -57,7 +45,7 @@ class Travelled(Protocol):
 
 
 def test_every_action_has_its_steps() -> None:
-    missing = set(Action) - UNMODELLED - actions.PROGRAMS.keys()
+    missing = set(Action) - actions.UNMODELLED - actions.PROGRAMS.keys()
     assert not missing, f"tests/model/actions.py has to say what these do, in atomic steps: {missing}"
 
 
@@ -66,7 +54,7 @@ def test_every_step_is_one_that_the_model_can_take() -> None:
     assert {step[0] for step in chain.from_iterable(programs)} <= actions.STEPS.keys()
 
 
-@pytest.mark.parametrize("phase", [phase for phase in ACTIONS if ACTIONS[phase] not in UNMODELLED])
+@pytest.mark.parametrize("phase", [phase for phase in ACTIONS if ACTIONS[phase] not in actions.UNMODELLED])
 def test_an_action_ends_with_an_event_that_the_table_has_for_its_phase(phase: Phase) -> None:
     for rules, locked in product((ALL, frozenset[Rule]()), (False, True)):
         last = actions.program(ACTIONS[phase], rules, locked=locked)[-1]
