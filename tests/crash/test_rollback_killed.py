@@ -51,12 +51,14 @@ def points(usual: str, rest: str) -> list[object]:
 
 
 KEEPING = points(
-    "cutting over.before opening\ncut over.begun",
+    "cut over.begun",
+    "cutting over.before opening\n"
     "catching up.published\ncatching up.slot\nchange.decided:2\nchange.opened\nchange.recorded:2\ncut over.begin\n"
     "drop.subscription:3\ndrop.slot:3\ncut over.subscribed\ncut over.enabled\ncut over.end",
 )
 GOING_BACK = points(
-    "cutting back.before decision\ncutting back.before opening\npurge.batch",
+    "cutting back.before decision\npurge.batch",
+    "cutting back.before opening\n"
     "rolling back.begin\nrolling back.end\nverifying back.begin\nverifying back.end\ncutting back.begin\n"
     "change.proposed\nchange.decided\nchange.opened\nchange.recorded\ncutting back.end\ncut back.begin\ncut back.end\n"
     "clearing.begin\ndrop.subscription\ndrop.slot\nchange.proposed:2\nchange.recorded:2\nclearing.end",

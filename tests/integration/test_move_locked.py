@@ -68,7 +68,10 @@ def after_steps(number: int) -> tuple[threading.Event, Listener]:
     return stop, listen
 
 
-@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize(
+    "isolation",
+    ["READ COMMITTED", "REPEATABLE READ", pytest.param("SERIALIZABLE", marks=pytest.mark.slow)],
+)
 def test_writers_go_on_from_step_to_step(make_shards: MakeShards, isolation: str) -> None:
     shards = two(make_shards)
     version = shards.topology().version
