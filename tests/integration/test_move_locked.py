@@ -70,7 +70,10 @@ def after_steps(number: int) -> tuple[threading.Event, Listener]:
 
 @pytest.mark.parametrize(
     "isolation",
-    ["READ COMMITTED", "REPEATABLE READ", pytest.param("SERIALIZABLE", marks=pytest.mark.slow)],
+    [
+        "READ COMMITTED",
+        *(pytest.param(level, marks=pytest.mark.slow) for level in ("REPEATABLE READ", "SERIALIZABLE")),
+    ],
 )
 def test_writers_go_on_from_step_to_step(make_shards: MakeShards, isolation: str) -> None:
     shards = two(make_shards)

@@ -289,6 +289,7 @@ def test_reference_and_home_tables(two: Shards) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_slow_writer_of_reference_rows_is_no_difference(two: Shards) -> None:
     """One that stays between its two commits for longer than anybody looks is told as such."""
     for name in ("s1", "s2"):
