@@ -106,7 +106,7 @@ class Clearing:
         """Drop the triggers on a side, and what they noted."""
         run, connection = self._run, self._run.probes.get(shard)
         for index, table in enumerate(run.tables):
-            if not sourceguard.installed(connection, run.row.id, index):
+            if not sourceguard.stands(connection, run.row.id, index, table):
                 continue  # nobody has to be waited for
             uninstall = partial(self._uninstall, shard, index, table)
             everybody = inspection.Against.EVERYBODY

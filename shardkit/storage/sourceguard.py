@@ -178,6 +178,11 @@ def _refuses(source: Connection, transfer: int, table: ShardedTable) -> bool:
     return value(source, query, (name, _trigger_name(transfer, "rekey"))) is not None
 
 
+def stands(connection: Connection, transfer: int, index: int, table: ShardedTable) -> bool:
+    """Whether any triggers of a transfer stand on its table number ``index``: those that note, or that refuse."""
+    return installed(connection, transfer, index) or _refuses(connection, transfer, table)
+
+
 def watch(
     target: Connection, transfer: int, index: int, table: ShardedTable, arcs: ArcSet, like: Table
 ) -> None:
