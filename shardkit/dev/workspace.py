@@ -7,6 +7,7 @@ or by the next start after a kill -9). Never starts a server.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import secrets
@@ -217,9 +218,24 @@ def _open_to_all(folder: Path) -> None:
 
 
 def _run(*command: str) -> None:
-    environment = server_environment(Path(os.devnull))
-    done = subprocess.run(
-        command, capture_output=True, text=True, errors="replace", check=False, env=environment, cwd="/"
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=server_environment(Path(os.devnull)),
+        cwd="/",
+        start_new_session=True,
     )
-    if done.returncode != 0:
-        raise ServerFailed(f"{' '.join(command)} failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+    try:
+        output, complaint = process.communicate()
+    except BaseException:
+        # All that it started too: initdb is a row of servers, and one that outlives it would write on while its
+        # folder is removed. Each holds the pipe, so the pipe's end is theirs.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if process.returncode != 0:
+        raise ServerFailed(f"{' '.join(command)} failed:\n{(complaint or output).strip()[-2000:]}")

@@ -412,6 +412,17 @@ def test_ctrl_c_while_starting_leaves_nothing(new_parent: NewParent, temporary: 
     assert list(temporary.iterdir()) == []
 
 
+def test_ctrl_c_ends_what_the_server_s_programs_have_started(new_parent: NewParent, tmp_path: Path) -> None:
+    """As the servers of initdb: one that lived on would write into the folder while it is removed."""
+    noted = tmp_path / "pid"
+    program = f"sleep 60 & echo $! > {noted}; wait"
+    parent = new_parent(f"from shardkit.dev.workspace import _run\n_run('/bin/sh', '-c', {program!r})")
+    eventually(lambda: noted.exists() and noted.read_text().endswith("\n"), "it has started one")
+    assert parent.end(signal.SIGINT)[0] == -signal.SIGINT
+    with pytest.raises(OSError, match="No such"):  # not even of a zombie
+        os.readlink(f"/proc/{noted.read_text().strip()}/cwd")
+
+
 def test_an_exit_without_close_leaves_nothing(new_parent: NewParent) -> None:
     parent = new_parent(
         "cluster = Cluster()\ncluster.start()\nprint(cluster.data_dir, flush=True)\nsys.exit(3)"
