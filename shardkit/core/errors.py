@@ -514,6 +514,13 @@ class MoveWaiting(RetryLater):
     """
 
 
+class StandbyBehind(RetryLater):
+    """Keys have left a shard, which a standby of it does not know yet, so their new shard is not open.
+
+    Bring the standby back, or end its replication; then `shardkit rebalance resume` opens the new shard.
+    """
+
+
 class WalBudgetExceeded(RetryLater):
     """The source had to keep more WAL for a copy than --max-wal-retained allows, so the copy was given up.
 

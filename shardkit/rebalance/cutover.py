@@ -69,6 +69,7 @@ class Cutover:
         while True:
             run.around.pause(0)
             self._verifier.settle_once()
+            run.followers.wait(self._stream.subscriber_shard, "the cutover")
             try:
                 run.change(
                     lambda now, version: now.cut_over(version, giver, taker, run.row.arcs),
@@ -108,6 +109,7 @@ class Cutover:
         self._catch_up()
         self.clock("caught_up")
         self._flush_target()
+        self._require_standbys()
         try:
             self._verifier.remaining_differences(COMPARE_LIMIT)
         except psycopg.errors.QueryCanceled as error:
@@ -153,6 +155,13 @@ class Cutover:
         after = replication.copy_state(stream.subscriber, stream.name)
         if after is None or not after.enabled or after.errors != before.errors:
             raise Postponed("the subscription met an error")
+
+    def _require_standbys(self) -> None:
+        """One that took over without the rows would be the only owner of them."""
+        stream = self._stream
+        missing = self._run.followers.have_all(stream.subscriber_shard, stream.subscriber, CATCH_UP_LIMIT)
+        if missing:
+            raise Postponed(f"standbys of shard {stream.subscriber_shard.name} lack rows: {', '.join(missing)}")
 
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""

@@ -51,6 +51,8 @@ from .clearing import DDL
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
+STANDBY_LIMIT = 0.2
+"""Seconds that the taker's standbys may take for the rows of a step while applications wait."""
 ROWS_A_STEP = 2_000
 _BY_INDEX = ("enable_seqscan", "off")
 _RECEIVING = (
@@ -210,6 +212,7 @@ class LockedCopier:
             run.around.pause(0)
             piece = self._piece(giver, remaining)
             failpoint("locked.step")
+            run.followers.wait(taker, "the next step")
             try:
                 self._step(giver, taker, piece)
             except MoveWaiting as error:
@@ -229,6 +232,7 @@ class LockedCopier:
         if remaining:
             run.clearing.delete_rows(taker, remaining)
         if moved := run.row.arcs - remaining:
+            run.followers.wait(taker, f"the deletion on shard {giver.name}")
             run.clearing.delete_rows(giver, moved)
 
     def _step(self, giver: Shard, taker: Shard, piece: ArcSet) -> None:
@@ -242,6 +246,7 @@ class LockedCopier:
         )
         self._committed = False
         failpoint("locked.opened")
+        run.followers.wait(taker, f"the deletion on shard {giver.name}")
         deleted = self._delete(giver, piece)
         for table, rows in self._copied.items():
             self._done.rows[str(table)] = self._done.rows.get(str(table), 0) + rows
@@ -289,6 +294,8 @@ class LockedCopier:
                 self._copied[table] = rowcopy.pipe(giving, taking, table, written, within(table, piece))
                 self._compare(giving, taking, table, [name for name, _ in columns], piece)
             self._committed = True
+        if missing := run.followers.have_all(taker, taking, STANDBY_LIMIT):
+            raise MoveWaiting(f"Standbys of shard {taker.name} lack rows: {', '.join(missing)}.")
         pairs = numbering.shared(giving, taking, run.topology(), run.tables, taker.id)
         sequences.pass_over(giving, taking, pairs)
         failpoint("locked.before decision")

@@ -25,6 +25,7 @@ from shardkit.storage.connections import Connection, ShardConnections, transacti
 from shardkit.storage.failpoints import failpoint
 
 from .clearing import Clearing
+from .followers import Followers
 from .limits import Limits
 from .locked import LockedCopier
 from .logical import LogicalCopier
@@ -72,6 +73,7 @@ class TransferRun:
         self.track = Tracker(row.id, self.source_shard.name, self.target_shard.name, row.phase, listener)
         self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self.clearing = Clearing(self)
+        self.followers = Followers(self)
         self.copier = self._chosen_copier()
         self.way_back = WayBack(self)
         self._actions: dict[Action, Callable[[], Event]] = {
@@ -117,6 +119,8 @@ class TransferRun:
 
     def run(self) -> None:
         """Go from the stored phase to a final one, or to one that waits for the operator."""
+        for shard in (self.source_shard, self.target_shard):
+            self.followers.look(shard)
         while self.row.phase not in STILL:
             self.around.pause(0)
             self.track.enter(self.row.phase)
@@ -247,11 +251,12 @@ class TransferRun:
     def clear_out(self, shard: Shard, stand_down: Callable[[], None]) -> None:
         """Delete the rows of the arcs on the shard that does not own them any more, and all that marks them there;
         ``stand_down`` takes the triggers away."""
+        owner = self.target_shard if shard is self.source_shard else self.source_shard
+        self.followers.wait(owner, f"the deletion on shard {shard.name}")
         deleted = self.clearing.delete_rows(shard)
         self.clearing.vacuum(shard)
-        other = self.target if shard is self.source_shard else self.source
         for table in self.tables:
-            tables.analyze(other, table)
+            tables.analyze(self.probes.get(owner), table)
         stand_down()
         self.change(lambda now, version: now.unmarked(version, shard.id, self.row.arcs), self.around.patience)
         purged = self.catalog.transfer(self.row.id).record.get("rows_purged", 0)

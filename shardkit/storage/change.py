@@ -3,7 +3,8 @@
 1. The whole next topology is stored in the catalog as *proposed*, under a number never used before.
 2. The shard that loses something, if there is one, *closes*: its fence is renamed under ACCESS EXCLUSIVE. The commit
    of that transaction is the decision.
-3. The shards that only gain *open*: the new fence is created beside the old one.
+3. The shards that only gain *open*: the new fence is created beside the old one. Not before the standbys of the shard
+   that closed have the decision: one that took over without it would own the same arcs once more.
 4. The catalog records the topology as current.
 
 Whatever is interrupted is settled by the next mover: it writes its token on the closing shard, so that the decision
@@ -19,10 +20,10 @@ from collections.abc import Callable
 
 import psycopg
 
-from shardkit.core.errors import CatalogBehind, MoverSuperseded, MoveWaiting, ShardBehind
+from shardkit.core.errors import CatalogBehind, MoverSuperseded, MoveWaiting, ShardBehind, StandbyBehind
 from shardkit.core.topology import Topology
 
-from . import fence, indoubt
+from . import fence, indoubt, standbys
 from .catalog import Catalog
 from .connections import SHORT, Connection, ShardConnections, transaction
 from .failpoints import failpoint
@@ -37,6 +38,9 @@ CLOSING = (
     ("statement_timeout", "10s"),
     ("synchronous_commit", "on"),
 )
+STANDBY_SECONDS = 10.0
+"""Seconds that an opening waits for the standbys of the shard that closed; applications wait as long for the keys."""
+_STANDBY_POLL = 0.002
 OPENING = (*SHORT, ("statement_timeout", "30s"), ("synchronous_commit", "on"))
 
 Report = Callable[[str | None], None]
@@ -78,8 +82,10 @@ def apply(
     closing = proposal.closing_since(current)
     if len(closing) > 1:
         raise AssertionError(f"a change that closes {len(closing)} shards cannot be decided by one commit")
+    known: standbys.Known = {}
     for shard_id in closing:
         assert current is not None
+        known = standbys.connected(shards.get(current.by_id[shard_id]))
         try:
             _close(catalog, shards, current, proposal, shard_id, while_closed, report, clock, patience)
         except psycopg.OperationalError:
@@ -91,7 +97,7 @@ def apply(
             raise
     clock("decided")
     failpoint("change.decided")
-    _finish(catalog, shards, current, proposal, on_open, clock)
+    _finish(catalog, shards, current, proposal, on_open, clock, report, known)
     report(None)
     return proposal
 
@@ -111,7 +117,7 @@ def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None =
         if not decided:
             catalog.discard(proposal)
             return
-    _finish(catalog, shards, current, proposal, on_open, lambda moment: None)
+    _finish(catalog, shards, current, proposal, on_open, lambda moment: None, lambda reason: None)
 
 
 def drain(
@@ -219,12 +225,17 @@ def _finish(
     proposal: Topology,
     on_open: Hook | None,
     clock: Clock,
+    report: Report,
+    known: standbys.Known | None = None,
 ) -> None:
-    """Open every shard that only gains, then record."""
+    """Open every shard that only gains, then record. ``known`` are the standbys that the closing shard had."""
     closing = proposal.closing_since(current)
-    for shard_id in proposal.changed_since(current):
-        if shard_id in closing:
-            continue
+    opening = [shard_id for shard_id in proposal.changed_since(current) if shard_id not in closing]
+    for shard_id in closing if opening else ():
+        _let_standbys_follow(
+            shards.get(proposal.by_id[shard_id]), proposal.by_id[shard_id].name, report, known
+        )
+    for shard_id in opening:
         connection = shards.get(proposal.by_id[shard_id])
         with transaction(connection, *OPENING, step="opening"):
             claim(connection, _token(catalog))
@@ -236,3 +247,24 @@ def _finish(
     catalog.record(proposal)
     clock("recorded")
     failpoint("change.recorded")
+
+
+def _let_standbys_follow(
+    connection: Connection, shard_name: str, report: Report, known: standbys.Known | None
+) -> None:
+    """Wait until the standbys of a shard have what it decided."""
+    if known is None:
+        known = standbys.connected(connection)
+    if not known:
+        return
+    position = standbys.flushed(connection)
+    deadline = time.monotonic() + STANDBY_SECONDS
+    while missing := standbys.lacking(connection, position, known):
+        names = ", ".join(missing)
+        if time.monotonic() > deadline:
+            raise StandbyBehind(
+                f"Standbys of shard {shard_name} have not got what it decided within {STANDBY_SECONDS:.0f} s: {names}.",
+                shard=shard_name,
+            )
+        report(f"the opening waits for standbys of shard {shard_name}: {names}")
+        time.sleep(_STANDBY_POLL)

@@ -1,0 +1,48 @@
+"""Physical standbys of a server, as the server itself sees them: which are there, and which lack a position of its WAL.
+
+A standby that takes over brings back what it had. So what would make two owners of a key, or none, if it were
+forgotten there, has to be on the standbys before the next step is taken elsewhere. Only looks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from .connections import Connection, value
+
+# What only keeps WAL (pg_receivewal, a base backup) replays nothing, and so reports no position of its replay.
+_STANDBYS = """
+SELECT coalesce(nullif(application_name, ''), 'walreceiver') || coalesce(' at ' || host(client_addr), ''),
+       coalesce(flush_lsn >= %s::pg_lsn, false)
+FROM pg_stat_replication r
+WHERE replay_lsn IS NOT NULL
+  AND NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
+"""
+
+Known = Mapping[str, int]
+"""Standbys that are expected: how many by each name, which several can share."""
+
+
+def flushed(connection: Connection) -> str:
+    """The position up to which the server's WAL is on disk: each synchronous commit so far lies before it."""
+    return str(value(connection, "SELECT pg_current_wal_flush_lsn()::text"))
+
+
+def connected(connection: Connection) -> Known:
+    """The standbys that stream from the server now."""
+    return Counter(name for name, _ in connection.execute(_STANDBYS, ("0/0",)))
+
+
+def lacking(connection: Connection, position: str, known: Known) -> list[str]:
+    """Those of ``known``, and of any that came since, which have not flushed ``position``, in words."""
+    there, have = Counter[str](), Counter[str]()
+    for name, has in connection.execute(_STANDBYS, (position,)):
+        there[name] += 1
+        have[name] += bool(has)
+    wanted = {name: max(there[name], known.get(name, 0)) for name in {*there, *known}}
+    return [
+        f"{name} (behind)" if there[name] >= wanted[name] else f"{name} (gone)"
+        for name in sorted(wanted)
+        if have[name] < wanted[name]
+    ]
