@@ -42,6 +42,7 @@ types: $(READY)
 bench: $(READY)
 	$(IN) benchmarks/run.py $(ARGS)
 	$(IN) -m benchmarks.move
+	$(IN) -m benchmarks.pause
 	$(IN) -m benchmarks.growth
 
 clean:
