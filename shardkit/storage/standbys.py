@@ -30,7 +30,7 @@ def flushed(connection: Connection) -> str:
 
 
 def connected(connection: Connection) -> Known:
-    """The standbys that stream from the server now."""
+    """The standbys that stream from the server now; each from its first report on."""
     return Counter(name for name, _ in connection.execute(_STANDBYS, ("0/0",)))
 
 
