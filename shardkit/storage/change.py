@@ -232,9 +232,9 @@ def _finish(
     closing = proposal.closing_since(current)
     opening = [shard_id for shard_id in proposal.changed_since(current) if shard_id not in closing]
     for shard_id in closing if opening else ():
-        _let_standbys_follow(
-            shards.get(proposal.by_id[shard_id]), proposal.by_id[shard_id].name, report, known
-        )
+        assert current is not None
+        closed = current.by_id[shard_id]  # one that leaves is not in the proposal
+        _let_standbys_follow(shards.get(closed), closed.name, report, known)
     for shard_id in opening:
         connection = shards.get(proposal.by_id[shard_id])
         with transaction(connection, *OPENING, step="opening"):
