@@ -71,9 +71,8 @@ def sample(catalog_url: str, kind: str, pipe: Pipe) -> None:
         while keys := pipe.recv():
             latencies = []
             turn = cycle(keys)
-            work(make, next(turn))
+            work(make, next(turn))  # connects
             pipe.send("ready")
-            latencies.append(0.0)
             while not pipe.poll():
                 began = time.perf_counter()
                 work(make, next(turn))
@@ -140,9 +139,9 @@ def measure(sharded: ShardedCluster, mode: Mode, turns: Iterator[int], moves: in
             for pipe in pipes.values():
                 pipe.send("stop")
             latencies = {kind: pipe.recv() for kind, pipe in pipes.items()}
-            written += len(latencies["write"])
+            written += 1 + len(latencies["write"])
             worst = {kind: max(those) for kind, those in latencies.items()}
-            answers = histogram([one for those in latencies.values() for one in those[1:]])
+            answers = histogram([one for those in latencies.values() for one in those])
             pause = row.record["pause_ms"]
             found.append(Move(len(keys) * (1 + POSTS), worst["read"], worst["write"], pause, answers))
             print(

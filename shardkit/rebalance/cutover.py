@@ -159,9 +159,8 @@ class Cutover:
     def _require_standbys(self) -> None:
         """One that took over without the rows would be the only owner of them."""
         stream = self._stream
-        missing = self._run.followers.have_all(stream.subscriber_shard, stream.subscriber, CATCH_UP_LIMIT)
-        if missing:
-            raise Postponed(f"standbys of shard {stream.subscriber_shard.name} lack rows: {', '.join(missing)}")
+        if names := self._run.followers.lacking(stream.subscriber_shard, stream.subscriber):
+            raise Postponed(f"standbys of shard {stream.subscriber_shard.name} lack rows: {names}")
 
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""

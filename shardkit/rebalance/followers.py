@@ -9,7 +9,6 @@ for too; a mover that resumes takes the servers as they are then.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,8 @@ from shardkit.storage.connections import Connection
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
-_POLL = 0.02
-_POLL_WHILE_CLOSED = 0.001
+WHILE_CLOSED = 0.2
+"""Seconds that standbys may take while applications wait."""
 
 
 class Followers:
@@ -41,27 +40,19 @@ class Followers:
     def wait(self, shard: Shard, what: str) -> None:
         """Until every standby of a shard has what is committed there now; tells that ``what`` waits, and gives up with
         `MoveWaiting` when patience ends."""
-        run, connection = self._run, self._run.probes.get(shard)
+        run = self._run
+        waiting = f"{what} waits for standbys of shard {shard.name}"
+
+        def tell(names: str) -> None:
+            run.around.pause(0)
+            run.waits.tell(f"{waiting}: {names}")
+
         if not (known := self.look(shard)):
             return
-        position = standbys.flushed(connection)
-        deadline = time.monotonic() + run.around.patience
-        while missing := standbys.lacking(connection, position, known):
-            reason = f"{what} waits for standbys of shard {shard.name}: {', '.join(missing)}"
-            run.waits.tell(reason)
-            if time.monotonic() > deadline:
-                raise MoveWaiting(f"{reason[0].upper()}{reason[1:]}.", shard=shard.name)
-            run.around.pause(_POLL)
+        if names := standbys.wait(run.probes.get(shard), known, run.around.patience, tell):
+            raise MoveWaiting(f"{waiting[0].upper()}{waiting[1:]}: {names}.", shard=shard.name)
         run.waits.tell(None)
 
-    def have_all(self, shard: Shard, connection: Connection, seconds: float) -> list[str]:
-        """While applications wait: the standbys which lack what is committed now, after so many seconds at most."""
-        if not (known := self._known.get(shard.id)):
-            return []
-        position = standbys.flushed(connection)
-        deadline = time.monotonic() + seconds
-        while missing := standbys.lacking(connection, position, known):
-            if time.monotonic() > deadline:
-                return missing
-            time.sleep(_POLL_WHILE_CLOSED)
-        return []
+    def lacking(self, shard: Shard, connection: Connection) -> str:
+        """While applications wait: the standbys that lack what is committed on a shard now, after `WHILE_CLOSED`."""
+        return standbys.wait(connection, self._known.get(shard.id, {}), WHILE_CLOSED)

@@ -51,8 +51,6 @@ from .clearing import DDL
 if TYPE_CHECKING:
     from .transfer import TransferRun
 
-STANDBY_LIMIT = 0.2
-"""Seconds that the taker's standbys may take for the rows of a step while applications wait."""
 ROWS_A_STEP = 2_000
 _BY_INDEX = ("enable_seqscan", "off")
 _RECEIVING = (
@@ -294,8 +292,8 @@ class LockedCopier:
                 self._copied[table] = rowcopy.pipe(giving, taking, table, written, within(table, piece))
                 self._compare(giving, taking, table, [name for name, _ in columns], piece)
             self._committed = True
-        if missing := run.followers.have_all(taker, taking, STANDBY_LIMIT):
-            raise MoveWaiting(f"Standbys of shard {taker.name} lack rows: {', '.join(missing)}.")
+        if names := run.followers.lacking(taker, taking):
+            raise MoveWaiting(f"Standbys of shard {taker.name} lack rows: {names}.")
         pairs = numbering.shared(giving, taking, run.topology(), run.tables, taker.id)
         sequences.pass_over(giving, taking, pairs)
         failpoint("locked.before decision")

@@ -40,7 +40,6 @@ CLOSING = (
 )
 STANDBY_SECONDS = 10.0
 """Seconds that an opening waits for the standbys of the shard that closed; applications wait as long for the keys."""
-_STANDBY_POLL = 0.002
 OPENING = (*SHORT, ("statement_timeout", "30s"), ("synchronous_commit", "on"))
 
 Report = Callable[[str | None], None]
@@ -255,16 +254,11 @@ def _let_standbys_follow(
     """Wait until the standbys of a shard have what it decided."""
     if known is None:
         known = standbys.connected(connection)
-    if not known:
-        return
-    position = standbys.flushed(connection)
-    deadline = time.monotonic() + STANDBY_SECONDS
-    while missing := standbys.lacking(connection, position, known):
-        names = ", ".join(missing)
-        if time.monotonic() > deadline:
-            raise StandbyBehind(
-                f"Standbys of shard {shard_name} have not got what it decided within {STANDBY_SECONDS:.0f} s: {names}.",
-                shard=shard_name,
-            )
-        report(f"the opening waits for standbys of shard {shard_name}: {names}")
-        time.sleep(_STANDBY_POLL)
+    waiting = f"the opening waits for standbys of shard {shard_name}"
+    if names := standbys.wait(
+        connection, known, STANDBY_SECONDS, lambda names: report(f"{waiting}: {names}")
+    ):
+        raise StandbyBehind(
+            f"Standbys of shard {shard_name} have not got what it decided within {STANDBY_SECONDS:.0f} s: {names}.",
+            shard=shard_name,
+        )

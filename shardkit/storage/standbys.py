@@ -1,13 +1,14 @@
 """Physical standbys of a server, as the server itself sees them: which are there, and which lack a position of its WAL.
 
 A standby that takes over brings back what it had. So what would make two owners of a key, or none, if it were
-forgotten there, has to be on the standbys before the next step is taken elsewhere. Only looks.
+forgotten there, has to be on the standbys before the next step is taken elsewhere. Only looks, and waits.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from .connections import Connection, value
 
@@ -20,6 +21,7 @@ WHERE replay_lsn IS NOT NULL
   AND NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
 """
 
+_LONGEST_POLL = 0.02
 Known = Mapping[str, int]
 """Standbys that are expected: how many by each name, which several can share."""
 
@@ -46,3 +48,23 @@ def lacking(connection: Connection, position: str, known: Known) -> list[str]:
         for name in sorted(wanted)
         if have[name] < wanted[name]
     ]
+
+
+def wait(
+    connection: Connection, known: Known, seconds: float, tell: Callable[[str], None] = lambda names: None
+) -> str:
+    """Wait until ``known`` standbys, and those that come, have all that is committed now: the names of those that lack
+    something after so many seconds, else an empty text. ``tell`` is called with the names at each look."""
+    if not known:
+        return ""
+    position = flushed(connection)
+    deadline = time.monotonic() + seconds
+    poll = 0.001
+    while missing := lacking(connection, position, known):
+        names = ", ".join(missing)
+        if time.monotonic() > deadline:
+            return names
+        tell(names)
+        time.sleep(poll)
+        poll = min(poll * 1.5, _LONGEST_POLL)
+    return ""
