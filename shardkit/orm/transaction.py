@@ -39,8 +39,10 @@ from .planning.clock import Times, ask
 if TYPE_CHECKING:
     from .session import ShardSession
 
-_PAUSE = 0.002
+_PAUSE = 0.001
 _LONGEST_PAUSE = 0.1
+_BRIEF = 0.02
+"""Seconds. While the pauses are shorter, a shard that is about to open is asked again, and nobody else is."""
 _FOLLOWED = 8
 """So many newer topologies in a row are followed, however long it takes."""
 
@@ -280,7 +282,12 @@ class ShardTransaction:
 
     def _after(self, stale: StaleFence, topology: Topology, waiting: Waiting) -> Topology:
         """What to try next: a newer topology, or the same again where the router is ahead of the shard."""
-        newer = self._cluster.router.newer_than(topology.version, self._engines, stale.copy)
+        # Keys are on their way to a shard that has an older topology. The catalog, which has it later than the shards,
+        # knows no more; it would be asked by every session that waits.
+        opens = stale.copy is not None and stale.copy.version < topology.version
+        newer = self._cluster.router.newer_than(
+            topology.version, self._engines, stale.copy, ask=not (opens and waiting.is_brief)
+        )
         if newer is not None:
             waiting.bound(stale)
             return newer
@@ -319,6 +326,11 @@ class Waiting:
             self._deadline = time.monotonic() + self._seconds
         return self._deadline
 
+    @property
+    def is_brief(self) -> bool:
+        """Whether it has only begun."""
+        return self._next < _BRIEF
+
     def bound(self, stale: StaleFence) -> None:
         """Go on at once, unless the topology keeps changing faster than it can be followed."""
         self._followed += 1
@@ -337,7 +349,7 @@ class Waiting:
                 shard=stale.shard_name,
             ) from stale
         self._pause(self._next)
-        self._next = min(self._next * 2, _LONGEST_PAUSE)
+        self._next = min(self._next * 1.5, _LONGEST_PAUSE)
 
 
 def raw_of(participant: Participant) -> GuardedConnection | GuardedAsyncConnection:

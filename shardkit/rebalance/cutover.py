@@ -3,20 +3,21 @@
 `storage.change` locks the fence of the shard that gives the arcs up and renames it; this is what happens between the
 two: the other side catches up with the last write, the keys written since the verification are compared for the last
 time, and the write-refusing trigger is switched on. Everything is bounded, as applications wait: what does not end
-soon is postponed, and nothing has changed.
+soon is postponed, and nothing has changed. What can be done before the lock is: the look at the subscription, and all
+of the other side's opening but its COMMIT.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psycopg
 
 from shardkit.core.errors import MoveWaiting
-from shardkit.storage import change, inspection, numbering, replication, sequences, sourceguard
-from shardkit.storage.connections import SHORT, Connection, transaction
+from shardkit.storage import inspection, numbering, replication, sequences, sourceguard
+from shardkit.storage.connections import Connection
 from shardkit.storage.failpoints import failpoint
 
 from .opening import Opening
@@ -31,7 +32,6 @@ CATCH_UP_LIMIT = 0.5
 MANY = "too many rows were written since they were compared"
 COMPARE_LIMIT = "500ms"
 """Time that one query of the last comparison may take."""
-_FLUSH = (*SHORT, ("lock_timeout", "200ms"), ("synchronous_commit", "on"))
 
 
 class Postponed(Exception):
@@ -40,6 +40,13 @@ class Postponed(Exception):
 
 class Altered(Exception):
     """What was verified was altered since, by DDL or by TRUNCATE: all of it is to be verified again."""
+
+
+class _Running(NamedTuple):
+    """A replication that runs: the process that sends, and the errors that were met so far."""
+
+    sender: int
+    errors: int
 
 
 class Cutover:
@@ -55,6 +62,7 @@ class Cutover:
         self._stream = stream
         self._verifier = verifier
         self._moments: dict[str, float] = {}
+        self._before = _Running(0, 0)
         self._sequences = numbering.shared(
             stream.publisher, stream.subscriber, run.topology(), run.tables, stream.subscriber_shard.id
         )
@@ -71,11 +79,13 @@ class Cutover:
             self._verifier.settle_once()
             run.followers.wait(self._stream.subscriber_shard, "the cutover")
             try:
+                self._before = self._running()
                 run.change(
                     lambda now, version: now.cut_over(version, giver, taker, run.row.arcs),
                     1.0,
                     while_closed=self.while_closed,
                     on_open=self.on_open,
+                    ahead=self._opening.can_stand_ready,
                     clock=self.clock,
                 )
                 return True
@@ -138,23 +148,29 @@ class Cutover:
         started = time.monotonic()
         if len(sourceguard.peek_changes(stream.publisher, self._run.row.id, IN_CUTOVER + 1)) > IN_CUTOVER:
             raise Postponed(MANY)
-        before = replication.copy_state(stream.subscriber, stream.name)
-        first = replication.sender(stream.publisher, stream.name)
-        if before is None or not before.enabled or before.ready != before.tables or first is None:
-            raise Postponed("the subscription is not running")
         position = replication.position_now(stream.publisher)
         while True:
-            sender = replication.sender(stream.publisher, stream.name, position)
-            if sender is None or sender.pid != first.pid or sender.state != "streaming":
+            sender = replication.sender(stream.publisher, stream.name)
+            if sender is None or sender.pid != self._before.sender or sender.state != "streaming":
                 raise Postponed("the replication connection was lost")
-            if sender.passed:
+            if sender.has_replayed(position):
                 break
             if time.monotonic() - started > CATCH_UP_LIMIT:
                 raise Postponed(f"the target lags {sender.lag_bytes} bytes behind")
             self._draw_answer()
         after = replication.copy_state(stream.subscriber, stream.name)
-        if after is None or not after.enabled or after.errors != before.errors:
+        if after is None or not after.enabled or after.errors != self._before.errors:
             raise Postponed("the subscription met an error")
+
+    def _running(self) -> _Running:
+        """The replication as it runs before the fence is locked: `Postponed` if it does not. What is the same later has
+        not stopped between."""
+        stream = self._stream
+        state = replication.copy_state(stream.subscriber, stream.name)
+        sender = replication.sender(stream.publisher, stream.name)
+        if state is None or not state.enabled or state.ready != state.tables or sender is None:
+            raise Postponed("the subscription is not running")
+        return _Running(sender.pid, state.errors)
 
     def _require_standbys(self) -> None:
         """One that took over without the rows would be the only owner of them."""
@@ -164,8 +180,7 @@ class Cutover:
 
     def _flush_target(self) -> None:
         """One synchronous commit flushes all that the apply worker committed without waiting."""
-        with transaction(self._stream.subscriber, *_FLUSH, step="flush_target"):
-            change.claim(self._stream.subscriber, self._run.around.token)
+        replication.emit(self._stream.subscriber)
 
     def _draw_answer(self) -> None:
         """Have the target say now how far it is. By itself it reports what it applied only when that is flushed, which

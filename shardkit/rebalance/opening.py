@@ -40,6 +40,11 @@ class Opening:
     keeps_source: bool
     back: bool = False
 
+    @property
+    def can_stand_ready(self) -> bool:
+        """Whether it can be made before the decision: the way back begins behind the last row that came, no sooner."""
+        return self.back or not self.keeps_source
+
     def on_open(self, connection: Connection) -> None:
         """Nothing may be applied any more, the purge's deletes least of all. Can be run twice."""
         if self.back:

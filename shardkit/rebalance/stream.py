@@ -229,9 +229,9 @@ class Stream:
         started = time.monotonic()
         position = replication.position_now(self.publisher)
         while True:
-            sender = replication.sender(self.publisher, self.name, position)
+            sender = replication.sender(self.publisher, self.name)
             self._run.track.update(lag_bytes=sender.lag_bytes if sender else None)
-            if sender is not None and sender.passed:
+            if sender is not None and sender.has_replayed(position):
                 self._waits.tell(None)
                 return time.monotonic() - started
             self.state()

@@ -4,7 +4,8 @@
 2. The shard that loses something, if there is one, *closes*: its fence is renamed under ACCESS EXCLUSIVE. The commit
    of that transaction is the decision.
 3. The shards that only gain *open*: the new fence is created beside the old one. Not before the standbys of the shard
-   that closed have the decision: one that took over without it would own the same arcs once more.
+   that closed have the decision: one that took over without it would own the same arcs once more. All of an opening
+   but its COMMIT can be made ahead of the closing, as applications wait for the arcs between the two.
 4. The catalog records the topology as current.
 
 Whatever is interrupted is settled by the next mover: it writes its token on the closing shard, so that the decision
@@ -16,12 +17,14 @@ no topology names.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 
 import psycopg
 
 from shardkit.core.errors import CatalogBehind, MoverSuperseded, MoveWaiting, ShardBehind, StandbyBehind
-from shardkit.core.topology import Topology
+from shardkit.core.topology import Shard, Topology
 
 from . import fence, indoubt, standbys
 from .catalog import Catalog
@@ -48,6 +51,10 @@ Clock = Callable[[str], None]
 Hook = Callable[[Connection], None]
 
 
+def _silent(_: str | None) -> None:
+    """Nobody listens."""
+
+
 def claim(connection: Connection, token: int) -> None:
     """Write the mover's token on a shard, first in every transaction there; `MoverSuperseded` if a newer one stands."""
     updated = connection.execute("UPDATE shardkit.mover SET token = %(t)s WHERE token <= %(t)s", {"t": token})
@@ -62,8 +69,9 @@ def apply(
     *,
     while_closed: Hook | None = None,
     on_open: Hook | None = None,
-    report: Report = lambda reason: None,
-    clock: Clock = lambda moment: None,
+    ahead: bool = False,
+    report: Report = _silent,
+    clock: Clock = _silent,
     patience: float = 60.0,
 ) -> Topology:
     """Bring the topology that ``make(current, version)`` returns into force.
@@ -71,32 +79,36 @@ def apply(
     ``while_closed`` runs on the closing shard between lock and rename, ``on_open`` on each opening shard, both in the
     same transaction; they can be run twice. ``patience`` is the time in seconds after which a closing that never got
     its lock gives up with `MoveWaiting` and nothing changed. What ``while_closed`` raises passes through, and nothing
-    is changed either.
+    is changed either. With ``ahead`` the openings stand ready in transactions of their own before the lock is asked
+    for; a ``while_closed`` that claimed an opening shard would then wait for itself.
     """
     settle(catalog, shards)  # another's change, perhaps: ``on_open`` is not meant for it
     current = catalog.current()
     proposal = make(current, catalog.next_version())
     catalog.propose(proposal)
     failpoint("change.proposed")
-    closing = proposal.closing_since(current)
-    if len(closing) > 1:
-        raise AssertionError(f"a change that closes {len(closing)} shards cannot be decided by one commit")
+    change = _Change(catalog, shards, current, proposal, on_open, report, clock)
+    if len(change.closing) > 1:
+        raise AssertionError(
+            f"a change that closes {len(change.closing)} shards cannot be decided by one commit"
+        )
     known: standbys.Known = {}
-    for shard_id in closing:
-        assert current is not None
-        known = standbys.connected(shards.get(current.by_id[shard_id]))
-        try:
-            _close(catalog, shards, current, proposal, shard_id, while_closed, report, clock, patience)
-        except psycopg.OperationalError:
-            # Whether the COMMIT arrived is not known; the next settle() looks.
-            raise
-        except Exception:
-            # The shard says whether it was decided, not the place in the code that failed.
-            settle(catalog, shards, on_open=on_open)
-            raise
-    clock("decided")
-    failpoint("change.decided")
-    _finish(catalog, shards, current, proposal, on_open, clock, report, known)
+    with change:
+        for shard in change.closing:
+            known = standbys.connected(shards.get(shard))
+            try:
+                change.close(shard, while_closed, patience, ahead=ahead)
+            except psycopg.OperationalError:
+                # Whether the COMMIT arrived is not known; the next settle() looks.
+                raise
+            except Exception:
+                change.discard()
+                # The shard says whether it was decided, not the place in the code that failed.
+                settle(catalog, shards, on_open=on_open)
+                raise
+        clock("decided")
+        failpoint("change.decided")
+        change.finish(known)
     report(None)
     return proposal
 
@@ -106,33 +118,33 @@ def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None =
     proposal = catalog.proposed()
     if proposal is None:
         return
-    current = catalog.current()
-    for shard_id in proposal.closing_since(current):
-        assert current is not None
-        connection = shards.get(current.by_id[shard_id])
+    change = _Change(catalog, shards, catalog.current(), proposal, on_open)
+    for shard in change.closing:
+        connection = shards.get(shard)
         with transaction(connection, *OPENING, step="settling"):
             claim(connection, _token(catalog))
-            decided = proposal.fence_on(shard_id).relation in fence.relations(connection)
+            decided = proposal.fence_on(shard.id).relation in fence.relations(connection)
         if not decided:
             catalog.discard(proposal)
             return
-    _finish(catalog, shards, current, proposal, on_open, lambda moment: None, lambda reason: None)
+    change.finish()
 
 
 def drain(
     catalog: Catalog,
     shards: ShardConnections,
     *,
-    report: Report = lambda reason: None,
+    report: Report = _silent,
     patience: float = 60.0,
 ) -> None:
     """Wait until no transaction is left that began under an older topology, and drop the old names; ``patience``
     seconds on each shard, then `MoveWaiting`."""
     current = catalog.current()
     assert current is not None
+    change = _Change(catalog, shards, current, current, report=report)
     for shard in current.shards:
         if fence.relations(shards.get(shard)) != {shard.fence.relation}:
-            _close(catalog, shards, current, current, shard.id, None, report, lambda moment: None, patience)
+            change.close(shard, None, patience)
     report(None)
 
 
@@ -150,102 +162,151 @@ def _token(catalog: Catalog) -> int:
     return catalog.token
 
 
-def _close(
-    catalog: Catalog,
-    shards: ShardConnections,
-    current: Topology,
-    proposal: Topology,
-    shard_id: int,
-    while_closed: Hook | None,
-    report: Report,
-    clock: Clock,
-    patience: float,
-) -> None:
-    """Lock, run the hook, rename. Tries only when nobody holds the fence for long, so that applications never queue
-    behind a lock that waits for a long transaction."""
-    shard = current.by_id[shard_id]
-    new = proposal.fence_on(shard_id).relation
-    deadline = time.monotonic() + patience
-    pause = 0.002
-    while True:
-        connection = shards.get(shard)
-        holders = fence.holders(connection)
-        if not holders or holders[0].age_seconds < LOCK_TIMEOUT:
-            try:
-                with transaction(connection, *CLOSING, step="closing"):
-                    claim(connection, _token(catalog))
-                    clock("asked")
-                    names = fence.lock_all(connection)
-                    clock("locked")
-                    failpoint("change.locked")
-                    if not {shard.fence.relation, new} & names:
-                        found = ", ".join(sorted(names)) or "none"
-                        raise ShardBehind(
-                            f"Shard {shard.name} has the fence {found}, but the catalog relies on "
-                            f"{shard.fence.relation}.",
-                            shard=shard.name,
-                        )
-                    if fence.newest(names) > proposal.version:
-                        # A catalog that was restored gives numbers out again, and then even names can be the same.
-                        raise CatalogBehind(
-                            f"Shard {shard.name} has a fence of topology {fence.newest(names)}, but the catalog makes "
-                            f"{proposal.version}.",
-                            shard=shard.name,
-                        )
-                    if while_closed is not None:
-                        while_closed(connection)
-                    fence.close(connection, names, proposal, shard_id)
-                return
-            except psycopg.errors.LockNotAvailable:
-                holders = fence.holders(connection)
-        if any(_is_left(holder) for holder in holders):
-            indoubt.recover(current, shards, only={shard_id})
-        if holders:
-            report(f"the closing of shard {shard.name} waits for {holders[0]}")
-        if time.monotonic() > deadline:
-            blocking = f": {holders[0]}" if holders else ""
-            raise MoveWaiting(
-                f"The fence of shard {shard.name} could not be had within {patience:.0f} s{blocking}.",
-                shard=shard.name,
-            )
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.25)
-
-
 def _is_left(holder: fence.Holder) -> bool:
     """Whether a holder may be what a crash left of a transaction over several shards."""
     return indoubt.is_prepared_part(holder.gid) and holder.age_seconds >= indoubt.LIVE_SECONDS
 
 
-def _finish(
-    catalog: Catalog,
-    shards: ShardConnections,
-    current: Topology | None,
-    proposal: Topology,
-    on_open: Hook | None,
-    clock: Clock,
-    report: Report,
-    known: standbys.Known | None = None,
-) -> None:
-    """Open every shard that only gains, then record. ``known`` are the standbys that the closing shard had."""
-    closing = proposal.closing_since(current)
-    opening = [shard_id for shard_id in proposal.changed_since(current) if shard_id not in closing]
-    for shard_id in closing if opening else ():
-        assert current is not None
-        closed = current.by_id[shard_id]  # one that leaves is not in the proposal
-        _let_standbys_follow(shards.get(closed), closed.name, report, known)
-    for shard_id in opening:
-        connection = shards.get(proposal.by_id[shard_id])
+class _NotYet(Exception):
+    """Rolls back an opening that stands ready."""
+
+
+@dataclass
+class _Change:
+    """One change on its way: the closing, then the openings. What stands ready to open and did not is rolled back when
+    the block ends."""
+
+    catalog: Catalog
+    shards: ShardConnections
+    current: Topology | None
+    proposal: Topology
+    on_open: Hook | None = None
+    report: Report = _silent
+    clock: Clock = _silent
+    closing: list[Shard] = field(init=False)
+    """The shards that lose something, as they are now: one that leaves is not in the proposal."""
+    opening: list[Shard] = field(init=False)
+    """The shards that only gain, as they will be."""
+    _ready: dict[int, ExitStack] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        closing, changed = (
+            self.proposal.closing_since(self.current),
+            self.proposal.changed_since(self.current),
+        )
+        self.closing = [self.current.by_id[shard_id] for shard_id in closing] if self.current else []
+        self.opening = [self.proposal.by_id[shard_id] for shard_id in changed if shard_id not in closing]
+
+    def __enter__(self) -> _Change:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.discard()
+
+    def close(self, shard: Shard, while_closed: Hook | None, patience: float, *, ahead: bool = False) -> None:
+        """Lock, run the hook, rename. Tries only when nobody holds the fence for long, so that applications never
+        queue behind a lock that waits for a long transaction."""
+        deadline = time.monotonic() + patience
+        pause = 0.002
+        while True:
+            connection = self.shards.get(shard)
+            holders = fence.holders(connection)
+            if not holders or holders[0].age_seconds < LOCK_TIMEOUT:
+                try:
+                    if ahead:
+                        self._make_ready()
+                    return self._close_now(connection, shard, while_closed)
+                except psycopg.errors.LockNotAvailable:
+                    self.discard()
+                    holders = fence.holders(connection)
+            if any(_is_left(holder) for holder in holders):
+                assert self.current is not None
+                indoubt.recover(self.current, self.shards, only={shard.id})
+            if holders:
+                self.report(f"the closing of shard {shard.name} waits for {holders[0]}")
+            if time.monotonic() > deadline:
+                blocking = f": {holders[0]}" if holders else ""
+                raise MoveWaiting(
+                    f"The fence of shard {shard.name} could not be had within {patience:.0f} s{blocking}.",
+                    shard=shard.name,
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+
+    def _close_now(self, connection: Connection, shard: Shard, while_closed: Hook | None) -> None:
+        """``psycopg.errors.LockNotAvailable`` where the fence is held."""
+        new = self.proposal.fence_on(shard.id).relation
+        with transaction(connection, *CLOSING, step="closing"):
+            claim(connection, _token(self.catalog))
+            self.clock("asked")
+            names = fence.lock_all(connection)
+            self.clock("locked")
+            failpoint("change.locked")
+            if not {shard.fence.relation, new} & names:
+                found = ", ".join(sorted(names)) or "none"
+                raise ShardBehind(
+                    f"Shard {shard.name} has the fence {found}, but the catalog relies on {shard.fence.relation}.",
+                    shard=shard.name,
+                )
+            if fence.newest(names) > self.proposal.version:
+                # A catalog that was restored gives numbers out again, and then even names can be the same.
+                raise CatalogBehind(
+                    f"Shard {shard.name} has a fence of topology {fence.newest(names)}, but the catalog makes "
+                    f"{self.proposal.version}.",
+                    shard=shard.name,
+                )
+            if while_closed is not None:
+                while_closed(connection)
+            fence.close(connection, names, self.proposal, shard.id)
+
+    def finish(self, known: standbys.Known | None = None) -> None:
+        """Open every shard that only gains, then record. ``known`` are the standbys that the closing shard had."""
+        for shard in self.closing if self.opening else ():
+            _let_standbys_follow(self.shards.get(shard), shard.name, self.report, known)
+        for shard in self.opening:
+            ready = self._ready.pop(shard.id, None)
+            if ready is None or not _committed(ready):
+                with self._opened(shard):
+                    pass
+            failpoint("change.opened")
+        self.clock("opened")
+        self.catalog.record(self.proposal)
+        self.clock("recorded")
+        failpoint("change.recorded")
+
+    @contextmanager
+    def _opened(self, shard: Shard) -> Iterator[None]:
+        """A transaction that opens a shard."""
+        connection = self.shards.get(shard)
         with transaction(connection, *OPENING, step="opening"):
-            claim(connection, _token(catalog))
-            if on_open is not None:
-                on_open(connection)
-            fence.open_beside(connection, proposal, shard_id)
-        failpoint("change.opened")
-    clock("opened")
-    catalog.record(proposal)
-    clock("recorded")
-    failpoint("change.recorded")
+            claim(connection, _token(self.catalog))
+            if self.on_open is not None:
+                self.on_open(connection)
+            fence.open_beside(connection, self.proposal, shard.id)
+            yield
+
+    def _make_ready(self) -> None:
+        for shard in self.opening:
+            with ExitStack() as ready:
+                ready.enter_context(self._opened(shard))
+                self._ready[shard.id] = ready.pop_all()
+
+    def discard(self) -> None:
+        """Roll back what stands ready."""
+        while self._ready:
+            _, ready = self._ready.popitem()
+            with suppress(_NotYet), ready:
+                raise _NotYet
+
+
+def _committed(ready: ExitStack) -> bool:
+    """Commit an opening that stands ready. False where the server has ended its transaction, which it lets stand for a
+    time alone (`SHORT`): it is made anew then, and tells if there is more to it."""
+    try:
+        ready.close()
+    except psycopg.Error:
+        return False
+    return True
 
 
 def _let_standbys_follow(

@@ -25,7 +25,7 @@ SHARD_STEPS = (
     "closing", "opening", "settling", "claim_source", "claim_publisher", "prepare_index", "use_identity",
     "restore_identity", "install_triggers", "remove_notes", "remove_triggers", "clear_triggers", "create_publication",
     "create_subscription", "enable_subscription", "drop_subscription", "drop_publication", "drop_slot", "delete_rows",
-    "forget_changes", "take_changes", "flush_target",
+    "forget_changes", "take_changes",
 )  # fmt: skip
 """Writes of the mover to a shard."""
 _BACK = (Phase.ROLLING_BACK, Phase.VERIFYING_BACK, Phase.CUTTING_BACK, Phase.CUT_BACK, Phase.CLEARING, Phase.STAYING)

@@ -48,12 +48,12 @@ SELECT s.oid,
        coalesce((SELECT t.apply_error_count + t.sync_error_count
                  FROM pg_stat_subscription_stats t WHERE t.subid = s.oid), 0),
        (SELECT coalesce(jsonb_object_agg(p.relid::regclass::text,
-                                         jsonb_build_array(p.tuples_processed, p.bytes_processed)), '{}')
+                                         jsonb_build_array(p.tuples_processed, p.bytes_processed)), '{{}}')
         FROM pg_stat_progress_copy p
         JOIN pg_subscription_rel r ON r.srrelid = p.relid AND r.srsubid = s.oid
         WHERE p.datname = current_database())
 FROM pg_subscription s
-WHERE s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND s.subname = %s
+WHERE s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND s.subname = {}
 """
 
 
@@ -82,12 +82,22 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """What the source tells of its walsender; ``passed`` and ``lag_bytes`` are None while it knows no position."""
+    """What the source tells of its walsender; ``lag_bytes`` and ``replayed`` are None while it knows no position."""
 
     pid: int
     state: str
     lag_bytes: int | None
-    passed: bool | None
+    replayed: str | None
+
+    def has_replayed(self, position: str) -> bool:
+        """Whether the target has replayed a position of the source's WAL."""
+        return self.replayed is not None and _bytes(self.replayed) >= _bytes(position)
+
+
+def _bytes(position: str) -> int:
+    """A position of the WAL, as PostgreSQL writes it, in bytes."""
+    high, low = position.split("/")
+    return int(high, 16) << 32 | int(low, 16)
 
 
 def peer_conninfo(connection: Connection) -> str:
@@ -235,15 +245,14 @@ def _session(pid: int, user: str, application: str, age: float | None, query: st
     )
 
 
-def sender(source: Connection, name: str, passed: str | None = None) -> Sender | None:
-    """The walsender of a subscription, and whether the target has replayed position ``passed``."""
-    row = source.execute(
-        """
-        SELECT pid, state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint, replay_lsn >= %s::pg_lsn
-        FROM pg_stat_replication WHERE application_name = %s
-        """,
-        (passed, name),
-    ).fetchone()
+def sender(source: Connection, name: str) -> Sender | None:
+    """The walsender of a subscription."""
+    # Without parameters, so that it is planned once a connection: a cutover asks it again and again.
+    query = sql.SQL(
+        "SELECT pid, state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint, replay_lsn::text "
+        "FROM pg_stat_replication WHERE application_name = {}"
+    ).format(sql.Literal(name))
+    row = source.execute(query, prepare=True).fetchone()
     return Sender(*row) if row else None
 
 
@@ -269,8 +278,13 @@ def position_now(source: Connection) -> str:
     """The WAL position that everything committed so far lies before; a later record is written, so that the
     walsender reports it as passed without delay even if the last commit was asynchronous."""
     position = value(source, "SELECT pg_current_wal_insert_lsn()::text")
-    source.execute("SELECT pg_logical_emit_message(true, 'shardkit', '')")
+    emit(source)
     return str(position)
+
+
+def emit(connection: Connection) -> None:
+    """Commit a record that says nothing: all that was committed before is on disk then, and a walsender has news."""
+    connection.execute("SELECT pg_logical_emit_message(true, 'shardkit', '')", prepare=True)
 
 
 # --- on the target -------------------------------------------------------------------------------------------------
@@ -401,7 +415,7 @@ def drop_subscription(target: Connection, name: str) -> None:
 
 def copy_state(target: Connection, name: str) -> CopyState | None:
     """How far the subscription is; None if there is none."""
-    row = target.execute(_COPY_STATE, (name,)).fetchone()
+    row = target.execute(sql.SQL(_COPY_STATE).format(sql.Literal(name)), prepare=True).fetchone()
     if row is None:
         return None
     oid, workers, enabled, ready, tables, errors, running = row

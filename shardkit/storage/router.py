@@ -32,11 +32,13 @@ class Router:
                 self._topology = topology
             return self._topology
 
-    def newer_than(self, version: int, engines: Engines, copy: Topology | None = None) -> Topology | None:
-        """A topology above ``version``: the copy of the shard that refused, what another thread has learned, or the
-        catalog's; None if there is none."""
+    def newer_than(
+        self, version: int, engines: Engines, copy: Topology | None = None, *, ask: bool = True
+    ) -> Topology | None:
+        """A topology above ``version``: the copy of the shard that refused, what another thread has learned, or, unless
+        ``ask`` is False, the catalog's; None if there is none."""
         found = self.adopt(copy)
-        if found.version <= version:
+        if found.version <= version and ask:
             found = self.adopt(engines.read_current())
         return found if found.version > version else None
 

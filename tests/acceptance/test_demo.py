@@ -56,18 +56,12 @@ def test_the_demo_passes(program: Program, tmp_path: Path) -> None:
     assert "$ shardkit shard add s3 " in done.err
 
 
-def test_movers_killed_in_mid_copy_and_in_mid_purge(program: Program) -> None:
-    document = (
-        program("demo", *SMALL, "--kill-mover", "copy", "--kill-mover", "purge", "--json", "-").ok().document
-    )
-    assert_passed(document)
-    assert document["movers_killed"] == ["copy", "purge"]
-
-
-def test_a_shard_added_one_weighed_otherwise_and_one_removed(program: Program) -> None:
-    done = program("demo", *SMALL, "--reweight", "--remove", "--json", "-").ok()
+def test_a_shard_added_under_kills_one_weighed_otherwise_and_one_removed(program: Program) -> None:
+    kills = ("--kill-mover", "copy", "--kill-mover", "purge")
+    done = program("demo", *SMALL, *kills, "--reweight", "--remove", "--json", "-").ok()
     document = done.document
     assert document["passed"] is True
+    assert document["movers_killed"] == ["copy", "purge"]
     assert {document[kind] for kind in ("errors", "lost", "doubled", "stale")} == {0}
     assert [change["change"] for change in document["changes"]] == [
         "add shard s3",

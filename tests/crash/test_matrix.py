@@ -79,9 +79,7 @@ BY_NAME = {event.name: event for event in ALL_EVENTS}
 
 AGAIN = {
     **dict.fromkeys(("closing", "catalog.propose", "catalog.record"), (2, 3)),
-    **dict.fromkeys(
-        ("drop_subscription", "drop_publication", "drop_slot", "delete_rows", "flush_target"), (2,)
-    ),
+    **dict.fromkeys(("drop_subscription", "drop_publication", "drop_slot", "delete_rows"), (2,)),
     "catalog.note": (2, 3, 4),
     "catalog.enter": (2, 3, 4, 5, 6, 7, 8),
 }
@@ -89,7 +87,7 @@ AGAIN = {
 AGAIN_EVENTS = (KILL, KILL_ABORT, CRASH_SOURCE, MUTE)
 HOLDING = (
     "change.locked", "cutting over.before decision", "cutting over.before opening", "closing.commit:2",
-    "opening.commit", "flush_target.commit", "claim_publisher.commit", "delete_rows.commit", "install_triggers.commit",
+    "opening.commit", "claim_publisher.commit", "delete_rows.commit", "install_triggers.commit",
 )  # fmt: skip
 """Points in transactions that others wait for: there the network is silent for longer than a server puts up with."""
 IN_STEPS = "in steps: "

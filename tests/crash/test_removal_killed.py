@@ -99,9 +99,7 @@ def test_a_claim_of_one_that_left_and_never_came_again_is_found(
     [
         ("placement.recorded", ["rebalance", "run", "--yes"]),
         ("copying.poll", ["shard", "remove", "s2", "--yes"]),
-        pytest.param(
-            "cutting over.before opening", ["shard", "remove", "s2", "--yes"], marks=pytest.mark.slow
-        ),
+        pytest.param("opening.commit:2", ["shard", "remove", "s2", "--yes"], marks=pytest.mark.slow),
         pytest.param("leave.closed", ["rebalance", "resume"], marks=pytest.mark.slow),
     ],
 )

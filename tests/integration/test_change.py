@@ -124,6 +124,75 @@ def test_a_proposal_that_was_decided_is_finished(make_shards: MakeShards) -> Non
     assert proposal.by_id[1].fence.relation in fence.relations(shards.on("s2"))
 
 
+def _cut_over(current: Topology | None, version: int) -> Topology:
+    assert current is not None
+    return current.cut_over(version, 0, 1, ARCS)
+
+
+def _standing_ready(shards: Shards) -> list[int]:
+    """Processes of the second shard's server that hold a transaction open."""
+    found = shards.on("s2").execute(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
+    )
+    return [pid for (pid,) in found]
+
+
+def test_an_opening_ahead_shows_nothing_before_the_decision(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+    seen: list[set[str]] = []
+
+    def look(_: object) -> None:
+        assert len(_standing_ready(shards)) == 1
+        seen.append(fence.relations(shards.on("s2")))
+
+    with shards.writer() as (catalog, connections):
+        marked = change.apply(catalog, connections, mark)
+        opened = change.apply(catalog, connections, _cut_over, while_closed=look, ahead=True)
+        assert catalog.current() == opened
+    old, new = marked.by_id[1].fence.relation, opened.by_id[1].fence.relation
+    assert seen == [{old}]
+    assert fence.relations(shards.on("s2")) == {old, new}
+    assert not _standing_ready(shards)
+
+
+def test_an_opening_ahead_is_rolled_back_where_the_closing_fails(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+
+    def fail(_: object) -> None:
+        assert _standing_ready(shards)
+        raise RuntimeError("not now")
+
+    with shards.writer() as (catalog, connections):
+        marked = change.apply(catalog, connections, mark)
+        with pytest.raises(RuntimeError, match="not now"):
+            change.apply(catalog, connections, _cut_over, while_closed=fail, ahead=True)
+        assert not _standing_ready(shards)
+        assert fence.relations(shards.on("s2")) == {marked.by_id[1].fence.relation}
+        assert (catalog.proposed(), catalog.current()) == (None, marked)
+        with connect(marked.named("s1").url, application="report") as holder, holder.transaction():
+            fence.guard(holder, marked.by_id[0].fence)
+            with pytest.raises(MoveWaiting, match="report"):
+                change.apply(catalog, connections, _cut_over, ahead=True, patience=0.3)
+            assert not _standing_ready(shards)
+        opened = change.apply(catalog, connections, _cut_over, ahead=True)
+    assert opened.by_id[1].fence.relation in fence.relations(shards.on("s2"))
+
+
+def test_an_opening_ahead_that_its_server_ended_is_made_anew(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+
+    def end(_: object) -> None:
+        (pid,) = _standing_ready(shards)
+        assert value(shards.on("s2"), "SELECT pg_terminate_backend(%s, 10000)", (pid,))
+
+    with shards.writer() as (catalog, connections):
+        change.apply(catalog, connections, mark)
+        opened = change.apply(catalog, connections, _cut_over, while_closed=end, ahead=True)
+        assert catalog.current() == opened
+    assert opened.by_id[1].fence.relation in fence.relations(shards.on("s2"))
+    assert value(shards.on("s2"), "SELECT max(version) FROM shardkit.topology") == opened.version
+
+
 def test_an_older_mover_can_decide_nothing_any_more(make_shards: MakeShards) -> None:
     shards = make_shards(2)
     with shards.writer() as (catalog, connections):

@@ -77,6 +77,32 @@ def test_the_copy_of_the_shard_is_believed(sharded: ShardedCluster, interrupted:
         assert sharded.topology.version == recorded
 
 
+def test_who_waits_for_an_opening_asks_that_shard_alone_at_first(
+    sharded: ShardedCluster, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every session of every process waits then: the catalog, of which each would be a client, knows no more."""
+    asked: list[int] = []
+    pauses: list[float] = []
+    with sharded.connect() as cluster, cluster.sessionmaker()() as session:
+        recorded, read_current = cluster.topology.version, cluster.engines.read_current
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 5:
+                interrupted.resume.set()
+                opened = "SELECT FROM shardkit.topology WHERE version > %s"
+                until(lambda: sharded.query("s1", opened, recorded), "the shard is open")
+
+        def read() -> Topology | None:
+            asked.append(len(pauses))
+            return read_current()
+
+        monkeypatch.setattr(cluster.engines, "pause", pause)
+        monkeypatch.setattr(cluster.engines, "read_current", read)
+        assert session.get_one(User, interrupted.key).name == "moved"
+    assert (len(pauses), asked) == (5, [])
+
+
 def test_a_router_ahead_of_a_shard_waits_for_it(sharded: ShardedCluster, interrupted: Interrupted) -> None:
     with sharded.connect() as cluster, ThreadPoolExecutor(1) as thread:
 
