@@ -62,7 +62,8 @@ class Movers:
         mode: str = "auto",
         patience: float = 30.0,
     ) -> None:
-        """Fork a mover that does a ``move`` to some weights, a ``resume`` or an ``abort``, with a point armed."""
+        """Fork a mover that does a ``move`` to some weights, or ``keep`` its sources, a ``rollback``, a ``finalize``, a
+        ``resume`` or an ``abort``, with a point armed."""
         assert self.pid is None, "one at a time"
         order = {
             "act": act, "catalog": catalog, "point": point, "weights": weights, "mode": mode, "patience": patience
@@ -159,10 +160,12 @@ def _carry(order: Mapping[str, Any]) -> int:
     from shardkit.storage.catalog import Job
 
     def act(mover: Mover) -> Job:
-        if order["act"] == "move":
+        what = order["act"]
+        if what in ("move", "keep"):
             weights = {int(shard): weight for shard, weight in order["weights"].items()}
-            mover.start("rebalance", weights, Mode(order["mode"]))
-        return mover.abort() if order["act"] == "abort" else mover.run()
+            mover.start("rebalance", weights, Mode(order["mode"]), keep_source=what == "keep")
+        others = {"abort": mover.abort, "rollback": mover.rollback, "finalize": mover.finalize}
+        return others.get(what, mover.run)()
 
     locked.ROWS_A_STEP = LOCKED_ROWS  # several steps, in the small tables of tests
     failpoints.arm(order["point"])

@@ -145,7 +145,14 @@ class World:
     def has_work(self) -> bool:
         """Whether a job is unfinished, or a change pending."""
         with Catalog.open(CATALOG) as catalog:
-            return catalog.running_job() is not None or catalog.proposed() is not None
+            job = catalog.running_job()
+            return catalog.proposed() is not None or (job is not None and not catalog.is_kept(job))
+
+    def keeps_sources(self) -> bool:
+        """Whether a job waits to be finalised or rolled back."""
+        with Catalog.open(CATALOG) as catalog:
+            job = catalog.running_job()
+            return job is not None and catalog.is_kept(job)
 
     # --- movers ----------------------------------------------------------------------------------------------------
 

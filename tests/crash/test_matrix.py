@@ -97,6 +97,8 @@ LOCKED_TOO = (
     "catalog.propose.committed:3", "catalog.record.commit:3", "copying.begin", "copying.end", "aborting.begin",
     "aborting.end", "purging.begin",
 )  # fmt: skip
+ON_KEEPING = ("catching up.", "cut over.", "install_refusals.", "begin_back.", "enable_back.")
+"""Beginnings of the points that a move passes which keeps its sources; the others of `failpoints.BACK` its rollback."""
 STREAMING = (
     "create_subscription.committed", "copying.poll", "catching up.begin", "verifying.begin", "cutting over.begin",
     "closing.committed:2",
@@ -122,6 +124,9 @@ def _cells() -> Iterator[tuple[str, Event]]:
         yield point, SILENT_LONG
     for point in STREAMING:
         yield point, PEERS_LONG
+    for point in failpoints.BACK:
+        for event in EVENTS:
+            yield point, event
     for point in (*failpoints.LOCKED, *LOCKED_TOO):
         for event in EVENTS:
             yield (point if point in failpoints.LOCKED else f"{IN_STEPS}{point}"), event
@@ -136,14 +141,15 @@ USUAL = (
     ("catalog.record.commit:2", "catalog killed"),
     ("take_changes.committed", "target cut off source"),
     ("delete_rows.commit", "source cut off"),
+    ("cutting back.before opening", "target killed"),
     ("locked.receive.committed:2", "SIGKILL, abort"),
 )
 
 
 def test_every_point_of_a_move_is_in_the_matrix() -> None:
     points = {point.removeprefix(IN_STEPS).partition(":")[0] for point, _ in CELLS}
-    assert points == {*failpoints.MOVE, *failpoints.LOCKED}
-    elsewhere = (failpoints.BACK, failpoints.ASIDE, failpoints.JOIN, failpoints.PLACEMENT, failpoints.IDS)
+    assert points == {*failpoints.MOVE, *failpoints.LOCKED, *failpoints.BACK}
+    elsewhere = (failpoints.ASIDE, failpoints.JOIN, failpoints.PLACEMENT, failpoints.IDS)
     assert points.union(*elsewhere, failpoints.TWO_PHASE) == failpoints.POINTS
 
 
@@ -207,7 +213,7 @@ def run(world: World, point: str, event: Event) -> None:
     point = point.removeprefix(IN_STEPS)
     goal: dict[str, Any] = {"weights": weights, "mode": mode}
     act = bring_near(world, point, target, goal)
-    options = goal if act == "move" else {}
+    options = goal if act in ("move", "keep") else {}
     with obstacle(world, point, source, target) as remove:
         if event.kills:
             world.until_killed(act, point, **options)
@@ -225,6 +231,8 @@ def run(world: World, point: str, event: Event) -> None:
         # It was not stored yet that there is a job.
         assert point.startswith("catalog.create_job"), point
         world.act("move", **goal)
+    if world.keeps_sources():
+        world.act("rollback" if act == "keep" else "finalize")
     downs = {"source": source, "target": target, "catalog": None}[event.downs] if event.downs else None
 
     def allowed(failure: Failure) -> bool:
@@ -243,14 +251,22 @@ def concerns(world: World, failure: Failure, server: str) -> bool:
 def check_outcome(world: World) -> None:
     state, moves = world.moves_of_last_job()
     topology = world.topology
-    assert state in ("done", "aborted")
+    assert state in ("done", "aborted", "rolled back")
     for target, arcs, phase in moves:
-        assert phase in (Phase.DONE, Phase.ABORTED)
+        assert phase in (Phase.DONE, Phase.ABORTED, Phase.ROLLED_BACK)
         assert topology.owned(target).issuperset(arcs) == (phase is Phase.DONE)
 
 
 def bring_near(world: World, point: str, target: str, goal: dict[str, Any]) -> str:
     """What a mover has to do to pass the point, after what others did before it."""
+    if point in failpoints.BACK:
+        if point.startswith(ON_KEEPING):
+            return "keep"
+        world.act("keep", **goal)
+        if point.startswith(("staying.", "clear_notes.")):
+            world.until_killed("rollback", "verifying back.end")
+            return "abort"
+        return "rollback"
     if point.startswith(("aborting.", "claim_source.")):
         half_way = "locked.opened:2" if goal["mode"] is Mode.LOCKED else "verifying.begin"
         world.until_killed("move", half_way, **goal)
