@@ -25,9 +25,9 @@ help:
 demo: $(READY)
 	.venv/bin/shardkit demo $(ARGS)
 
-# Two processes, each with servers of its own: most of the time a test waits for one. Benchmarks want no company.
+# Three processes, each with servers of its own: most of the time a test waits for one. Benchmarks want no company.
 test: $(READY)
-	$(IN) -m pytest --numprocesses 2 --dist loadfile -p no:benchmark $(ARGS)
+	$(IN) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -p no:benchmark $(ARGS)
 
 slow: $(READY)
 	$(IN) -m pytest -m slow $(ARGS)

@@ -101,10 +101,16 @@ def apply(
             except psycopg.OperationalError:
                 # Whether the COMMIT arrived is not known; the next settle() looks.
                 raise
-            except Exception:
+            except Exception as error:
                 change.discard()
                 # The shard says whether it was decided, not the place in the code that failed.
                 settle(catalog, shards, on_open=on_open)
+                if isinstance(error, psycopg.errors.IdleInTransactionSessionTimeout):
+                    raise MoveWaiting(
+                        f"What had to be done while shard {shard.name} was closed took so long that its server ended "
+                        "the closing.",
+                        shard=shard.name,
+                    ) from error
                 raise
         clock("decided")
         failpoint("change.decided")
