@@ -28,9 +28,10 @@ from shardkit.core.topology import ShardedTable, Topology
 from shardkit.rebalance.mover import Mover
 from shardkit.storage import change, fence, membership, migrate, servers
 from shardkit.storage.catalog import Catalog
-from shardkit.storage.connections import connect, value
+from shardkit.storage.connections import Connection, connect, value
 from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import SCHEMA, TABLES, MakeShards, Shards, fill
+from tests.sharded import until
 
 ARCS = ArcSet([slot_arc(0, 100)])
 
@@ -191,6 +192,23 @@ def test_an_opening_ahead_that_its_server_ended_is_made_anew(make_shards: MakeSh
         assert catalog.current() == opened
     assert opened.by_id[1].fence.relation in fence.relations(shards.on("s2"))
     assert value(shards.on("s2"), "SELECT max(version) FROM shardkit.topology") == opened.version
+
+
+def test_a_closing_that_its_server_ended_is_a_moment_that_was_not_found(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+
+    def idle(closed: Connection) -> None:
+        pid = closed.info.backend_pid
+        there = "SELECT FROM pg_stat_activity WHERE pid = %s"
+        until(lambda: not shards.on("s1").execute(there, (pid,)).fetchall(), "its server ends it", 20)
+        closed.execute("SELECT 1")
+
+    with shards.writer() as (catalog, connections):
+        marked = change.apply(catalog, connections, mark)
+        with pytest.raises(MoveWaiting, match="s1 was closed"):
+            change.apply(catalog, connections, _cut_over, while_closed=idle, ahead=True)
+        assert (catalog.proposed(), catalog.current()) == (None, marked)
+        assert change.apply(catalog, connections, _cut_over, ahead=True) == catalog.current()
 
 
 def test_an_older_mover_can_decide_nothing_any_more(make_shards: MakeShards) -> None:
