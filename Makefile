@@ -40,7 +40,9 @@ types: $(READY)
 	$(IN) -m mypy.stubtest shardkit._ring
 
 bench: $(READY)
-	$(IN) benchmarks/run.py $(ARGS)
+	.venv/bin/python -m pip install --quiet -r benchmarks/peers.txt
+	-.venv/bin/python -m pip install --quiet ketama  # in C, and not to be had everywhere
+	$(IN) -m benchmarks.run $(ARGS)
 	$(IN) -m benchmarks.move
 	$(IN) -m benchmarks.pause
 	$(IN) -m benchmarks.growth

@@ -34,20 +34,28 @@ class Versus(Protocol):
 
 
 @pytest.fixture
-def versus(benchmark: Any) -> Versus:
+def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
     """`versus(what, run, peers, times=1)`: each does its work `times` times a call.
 
-    They take turns, a call each, so that whatever else the machine does meets all of them alike.
+    They take turns, a call each, so that whatever else the machine does meets all of them alike. The clock is the one
+    that the marker ``benchmark`` names.
     """
+    marker = request.node.get_closest_marker("benchmark")
+    clock: Callable[[], float] = marker.kwargs.get("timer", perf_counter) if marker else perf_counter
+
+    def timed(run: Run) -> float:
+        began = clock()
+        run()
+        return clock() - began
 
     def measure(what: str, run: Run, peers: Mapping[str, Peer], *, times: int = 1) -> None:
         took: dict[str, list[float]] = {who: [] for who in peers}
 
         def peers_first() -> None:
             for who, peer in peers.items():
-                took[who].append(_timed(peer.run))
+                took[who].append(timed(peer.run))
 
-        one_round = [_timed(run) + sum(_timed(peer.run) for peer in peers.values()) for _ in range(3)]
+        one_round = [timed(run) + sum(timed(peer.run) for peer in peers.values()) for _ in range(3)]
         rounds = max(ROUNDS.start, min(ROUNDS.stop, int(SECONDS / min(one_round))))
         benchmark.pedantic(run, setup=peers_first, rounds=rounds, iterations=1)
         benchmark.extra_info.update(
@@ -61,12 +69,6 @@ def versus(benchmark: Any) -> Versus:
         )
 
     return measure
-
-
-def _timed(run: Run) -> float:
-    began = perf_counter()
-    run()
-    return perf_counter() - began
 
 
 def each(function: Callable[[Any], object], keys: Iterable[Any]) -> Run:
