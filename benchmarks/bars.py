@@ -9,6 +9,15 @@ from typing import Any
 FLOOR = "an empty call, callable(key)"
 NUMPY = "numpy, hash and searchsorted"
 SLOT_RING, RING_2K, RING_16K = "slot ring", "16 x 128 tokens", "100 x 160 tokens"
+ONE_SHARD = (
+    "session.get",
+    "the last 5 posts of a user",
+    "a user and its posts, loaded lazily",
+    "insert and commit",
+    "get, update and commit",
+    "session.get of an object that is known",
+)
+ASYNC = ("get, asyncio", "insert and commit, asyncio", "10,000 rows in one INSERT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +72,8 @@ BARS = (
     *(Bar(f"owners of a buffer of int64, {ring}", NUMPY, per_second=120e6) for ring in (RING_2K, RING_16K)),
     Bar("owners of a list, an int each", "shardkit, a call a key", per_second=40e6),
     Bar("owners of a list, a string each", "shardkit, a call a key", per_second=30e6),
-    *(
-        Bar(what, "plain SQLAlchemy", ratio=1.05)
-        for what in (
-            "session.get",
-            "the last 5 posts of a user",
-            "insert and commit",
-            "get, update and commit",
-        )
-    ),
+    *(Bar(what, "plain SQLAlchemy", ratio=1.05) for what in (*ONE_SHARD, *ASYNC)),
+    *(Bar(what, "horizontal_shard", ratio=1.0) for what in ONE_SHARD),
 )
 
 

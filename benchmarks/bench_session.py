@@ -1,45 +1,74 @@
-"""The session against SQLAlchemy's own on one plain database: what routing and the fence cost."""
+"""The session against SQLAlchemy's own on one plain database, and against its horizontal sharding on the same shards:
+what routing and the fence cost.
+
+Everybody does the same work on the same rows of the same server. Objects of one user are on one shard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy
-from sqlalchemy import create_engine, func, select
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy import create_engine, delete, func, insert, select
+from sqlalchemy.ext.asyncio import async_sessionmaker as plain_async_sessionmaker
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import sessionmaker
 
-from shardkit import ShardSession
 from shardkit.dev import Clusters
 from shardkit.storage.urls import sqlalchemy_url
 from tests.sharded import Base, Post, ShardedCluster, User
 
+from . import plainsharding
 from .conftest import Peer, Run, Versus
 
 USERS = 200
 POSTS = 10
+MANY = 10_000
 
-Maker = sessionmaker[Session] | sessionmaker[ShardSession]
+Maker = sessionmaker[Any]
+PLAIN, HORIZONTAL = "plain SQLAlchemy", "horizontal_shard"
 
 
 class Sides(NamedTuple):
-    """Sessions over the same users and posts: on two shards, and on one plain database of the same server."""
+    """Sessions over the same users and posts: shardkit's on two shards, one plain database of the same server, and
+    horizontal sharding on those two shards."""
 
-    sharded: sessionmaker[ShardSession]
-    plain: sessionmaker[Session]
+    sharded: Maker
+    plain: Maker
+    horizontal: Maker
+    sharded_async: Callable[[], Any]
+    plain_async: Callable[[], Any]
 
 
 @pytest.fixture(scope="module")
-def sides(servers: Clusters) -> Iterator[Sides]:
+def loop() -> Iterator[asyncio.Runner]:
+    """What runs the work of asyncio."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def sides(servers: Clusters, loop: asyncio.Runner) -> Iterator[Sides]:
     urls = [servers[0].create_database(f"bench_{name}") for name in ("catalog", "s0", "s1", "plain")]
     sharded = ShardedCluster(urls[0], urls[1:3])
-    engine = create_engine(sqlalchemy_url(urls[3]))
-    Base.metadata.create_all(engine)
+    plain = create_engine(sqlalchemy_url(urls[3]))
+    plain_async = create_async_engine(sqlalchemy_url(urls[3]))
+    Base.metadata.create_all(plain)
     cluster = sharded.connect()
-    found = Sides(cluster.sessionmaker(), sessionmaker(engine))
-    for make in found:
+    topology = cluster.topology
+    engines = {shard.id: create_engine(sqlalchemy_url(shard.url)) for shard in topology.shards}
+    found = Sides(
+        cluster.sessionmaker(),
+        sessionmaker(plain),
+        plainsharding.maker(engines, topology.ring),
+        cluster.async_sessionmaker(),
+        plain_async_sessionmaker(plain_async),
+    )
+    for make in (found.sharded, found.plain):
         for user_id in range(USERS):
             with make.begin() as session:
                 session.add(User(id=user_id, name=f"user {user_id}"))
@@ -47,7 +76,10 @@ def sides(servers: Clusters) -> Iterator[Sides]:
                     Post(user_id=user_id, id=number, caption="caption") for number in range(POSTS)
                 )
     yield found
-    engine.dispose()
+    for engine in (plain, *engines.values()):
+        engine.dispose()
+    loop.run(plain_async.dispose())
+    loop.run(cluster.adispose())
     cluster.dispose()
     sharded.close()
 
@@ -65,6 +97,17 @@ def _get(make: Maker) -> Run:
     return work
 
 
+def _known(make: Maker) -> Run:
+    session = make()
+    users = session.scalars(select(User).where(User.id == 7)).all()
+
+    def work() -> None:
+        for _ in range(100):
+            assert session.get(User, 7) is users[0]
+
+    return work
+
+
 def _feed(make: Maker) -> Run:
     ids = count()
 
@@ -74,6 +117,16 @@ def _feed(make: Maker) -> Run:
                 select(Post).where(Post.user_id == next(ids) % USERS).order_by(Post.id.desc()).limit(5)
             )
             assert len(session.scalars(statement).all()) == 5
+
+    return work
+
+
+def _lazy(make: Maker) -> Run:
+    ids = count()
+
+    def work() -> None:
+        with make() as session:
+            assert len(session.get_one(User, next(ids) % USERS).posts) == POSTS
 
     return work
 
@@ -96,6 +149,17 @@ def _update(make: Maker) -> Run:
     return work
 
 
+def _many(make: Maker) -> Run:
+    rows = [{"user_id": 7, "id": 1_000 + number, "caption": "caption"} for number in range(MANY)]
+
+    def work() -> None:
+        with make() as session:  # rolled back
+            session.execute(insert(Post), rows)
+            session.execute(delete(Post).where(Post.user_id == 7, Post.id < 0))
+
+    return work
+
+
 def _count(make: Maker) -> Run:
     def work() -> None:
         with make() as session:
@@ -107,13 +171,57 @@ def _count(make: Maker) -> Run:
 WORK = {
     "session.get": _get,
     "the last 5 posts of a user": _feed,
+    "a user and its posts, loaded lazily": _lazy,
     "insert and commit": _insert,
     "get, update and commit": _update,
-    "count over both shards": _count,
 }
+PLAIN_ONLY = {"10,000 rows in one INSERT": _many, "count over both shards": _count}
+"""What horizontal sharding does not do: it has one shard for all rows, and adds no counts up."""
 
 
 @pytest.mark.parametrize("what", WORK)
-def test_session(versus: Versus, sides: Sides, what: str) -> None:
+def test_one_shard(versus: Versus, sides: Sides, what: str) -> None:
     work = WORK[what]
-    versus(what, work(sides.sharded), {"plain SQLAlchemy": Peer(sqlalchemy.__version__, work(sides.plain))})
+    others = {PLAIN: Peer(sqlalchemy.__version__, work(sides.plain))}
+    others[HORIZONTAL] = Peer(sqlalchemy.__version__, work(sides.horizontal))
+    versus(what, work(sides.sharded), others)
+
+
+@pytest.mark.parametrize("what", PLAIN_ONLY)
+def test_beside_plain(versus: Versus, sides: Sides, what: str) -> None:
+    work = PLAIN_ONLY[what]
+    versus(what, work(sides.sharded), {PLAIN: Peer(sqlalchemy.__version__, work(sides.plain))})
+
+
+def test_known_object(versus: Versus, sides: Sides) -> None:
+    others = {PLAIN: Peer(sqlalchemy.__version__, _known(sides.plain))}
+    others[HORIZONTAL] = Peer(sqlalchemy.__version__, _known(sides.horizontal))
+    versus("session.get of an object that is known", _known(sides.sharded), others, times=100)
+
+
+# --- asyncio ---------------------------------------------------------------------------------------------------------
+
+
+def _get_async(make: Callable[[], Any]) -> Callable[[], Awaitable[None]]:
+    ids = count()
+
+    async def work() -> None:
+        async with make() as session:
+            assert await session.get(User, next(ids) % USERS) is not None
+
+    return work
+
+
+def _insert_async(make: Callable[[], Any]) -> Callable[[], Awaitable[None]]:
+    async def work() -> None:
+        async with make() as session, session.begin():
+            session.add(User(id=next(_ids), name="new"))
+
+    return work
+
+
+@pytest.mark.parametrize(("what", "work"), [("get", _get_async), ("insert and commit", _insert_async)])
+def test_asyncio(versus: Versus, sides: Sides, loop: asyncio.Runner, what: str, work: Any) -> None:
+    sharded, plain = work(sides.sharded_async), work(sides.plain_async)
+    others = {PLAIN: Peer(sqlalchemy.__version__, lambda: loop.run(plain()))}
+    versus(f"{what}, asyncio", lambda: loop.run(sharded()), others)
