@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 from sqlalchemy import (
     BigInteger,
@@ -603,10 +603,17 @@ def test_a_select_returns_what_one_database_returns_or_is_refused(world: World, 
 
 
 @pytest.mark.slow
-@given(data=st.data())
-@settings(max_examples=100_000, deadline=None, suppress_health_check=CHECKS)
-def test_a_hundred_thousand_selects(world: World, data: st.DataObject) -> None:
-    one_statement(world, data)
+@pytest.mark.parametrize("part", range(1, 11))
+def test_a_hundred_thousand_selects(world: World, part: int) -> None:
+    """In ten parts, which can be run by several processes, or one today and one tomorrow."""
+
+    @seed(part)
+    @settings(max_examples=10_000, deadline=None, suppress_health_check=CHECKS)
+    @given(data=st.data())
+    def select_ten_thousand_times(data: st.DataObject) -> None:
+        one_statement(world, data)
+
+    select_ten_thousand_times()
 
 
 def test_few_statements_are_refused(world: World) -> None:
