@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from shardkit.core.move import ACTIONS, FINAL, Action, Event, can_abort
+from shardkit.core.move import ACTIONS, STILL, Action, Event, can_abort
 
 from . import changes, copying, deciding
 from .rules import Rule
@@ -64,7 +64,54 @@ PROGRAMS: dict[Action, tuple[Step, ...]] = {
         ("triggers", "off"),
         ("enter", Event.UNDONE),
     ),
+    # The way back: the same steps with the sides exchanged, which the phase tells; see `Turn`.
+    Action.CATCH_UP_BACK: (("same servers",), ("running",), ("enter", Event.CAUGHT_UP)),
+    Action.VERIFY_BACK: (("same servers",), ("compare",), ("enter", Event.VERIFIED)),
+    Action.CUT_BACK: (
+        ("settle", changes.OWN),
+        ("unless decided",),
+        ("same servers",),
+        ("if verified",),
+        ("apply", "cut over"),
+        ("enter", Event.DECIDED),
+    ),
+    Action.OPEN_BACK: (("opened",), ("enter", Event.OPENED)),
+    Action.STAY: (
+        ("claim source",),
+        ("settle", changes.OWN),
+        ("unless decided",),
+        ("enter", Event.UNDONE),
+    ),
 }
+PROGRAMS[Action.CLEAR] = PROGRAMS[Action.PURGE]
+
+_DROP: tuple[Step, ...] = (("drop subscription",), ("drop slot",))
+_DROP_BACK: tuple[Step, ...] = (("along", "back", "drop subscription"), ("along", "back", "drop slot"))
+
+
+def _slot_back(when: str) -> tuple[Step, ...]:
+    return ("along", "back", "claim for way back", when), ("along", "back", "make slot")
+
+
+def keeping(action: Action, steps: tuple[Step, ...], rules: frozenset[Rule]) -> tuple[Step, ...]:
+    """What a job that keeps its sources does beside."""
+    match action:
+        case Action.PREPARE:
+            at = steps.index(("mark", "before"))
+            return (*steps[:at], *_DROP_BACK, *steps[at:])
+        case Action.CATCH_UP:
+            return (*steps[:1], *_slot_back("before"), *steps[1:])
+        case Action.OPEN:
+            begin: tuple[Step, ...] = (("along", "back", "begin back"), ("along", "back", "running"))
+            both = (*_DROP, *begin) if Rule.ONE_DIRECTION in rules else (*begin, *_DROP)
+            return (("opened",), *_slot_back("after"), *both, ("enter", Event.KEPT))
+        case Action.PURGE | Action.UNDO if Rule.DROP_BACK in rules:
+            at = steps.index(("drop slot",)) + 1
+            return (*steps[:at], *_DROP_BACK, *steps[at:])
+        case Action.CLEAR:
+            there: Step = ("along", "there", "triggers", "off")
+            return tuple(there if step == ("triggers", "off") else step for step in steps)
+    return steps
 
 
 LOCKED: dict[Action, tuple[Step, ...]] = {
@@ -93,40 +140,29 @@ LOCKED: dict[Action, tuple[Step, ...]] = {
 """Where the copier of the locked mode does something else."""
 
 
-UNMODELLED = frozenset(
-    {
-        Action.CATCH_UP_BACK,
-        Action.VERIFY_BACK,
-        Action.CUT_BACK,
-        Action.OPEN_BACK,
-        Action.CLEAR,
-        Action.STAY,
-    }
-)
-"""The way back of a source that was kept: not modelled yet. It uses the steps of the way there, with the shards' parts
-exchanged; what tests it is `tests/crash/test_rollback_killed.py` and `tests/race/test_rollback_under_writers.py`."""
-
-
-def program(action: Action, rules: frozenset[Rule], *, locked: bool = False) -> tuple[Step, ...]:
+def program(
+    action: Action, rules: frozenset[Rule], *, locked: bool = False, keeps: bool = False
+) -> tuple[Step, ...]:
     """The steps of an action under the rules."""
     if locked and action in LOCKED:
         return LOCKED[action]
     steps = PROGRAMS[action]
-    if action is Action.PURGE and Rule.DROP_BEFORE_PURGE not in rules:
-        drops: tuple[Step, ...] = (("drop subscription",), ("drop slot",))
-        steps = tuple(step for step in steps if step not in drops)
-        steps = (*steps[:-1], *drops, steps[-1])
-    if action is Action.UNDO and Rule.TOKEN_BEFORE_LOOKING not in rules:
+    if action in (Action.PURGE, Action.CLEAR) and Rule.DROP_BEFORE_PURGE not in rules:
+        steps = tuple(step for step in steps if step not in _DROP)
+        steps = (*steps[:-1], *_DROP, steps[-1])
+    if action in (Action.UNDO, Action.STAY) and Rule.TOKEN_BEFORE_LOOKING not in rules:
         steps = steps[1:]
-    return steps
+    return keeping(action, steps, rules) if keeps else steps
 
 
 def act(turn: Turn) -> Moves:
     """Begin the action of the phase."""
-    if turn.thread.phase in FINAL:
+    if turn.thread.phase in STILL:
         yield f"{turn.name} finds nothing to do", turn.go()
         return
-    steps = program(ACTIONS[turn.thread.phase], turn.rules, locked=turn.scenario.locked)
+    steps = program(
+        ACTIONS[turn.thread.phase], turn.rules, locked=turn.scenario.locked, keeps=turn.scenario.keeps
+    )
     yield from turn.at_once(*steps)
 
 
@@ -138,6 +174,11 @@ def turn_back(turn: Turn) -> Moves:
         yield from act(turn)
 
 
+def along(turn: Turn, way: str, name: str, *about: str) -> Moves:
+    """A step of the other way than the phase's."""
+    yield from STEPS[name](turn.along(way), *about)
+
+
 def enter(turn: Turn, event: str) -> Moves:
     """The phase ends."""
     yield turn.enters(Event(event))
@@ -147,6 +188,9 @@ STEPS: Mapping[str, Callable[..., Moves]] = {
     "act": act,
     "turn back": turn_back,
     "enter": enter,
+    "along": along,
+    "claim for way back": copying.claim_for_way_back,
+    "begin back": copying.begin_back,
     "apply": changes.apply,
     "settle": changes.settle,
     "look": changes.look,

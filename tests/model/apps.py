@@ -189,8 +189,10 @@ def written(scenario: Scenario, world: World, shard: int, key_range: int) -> Wor
     state = world.shards[shard]
     value = world.acked[key_range] + 1
     slots = tuple(
-        (*slot, value) if slot is not None and transfer.key_range == key_range else slot
-        for slot, transfer in zip(state.now.slots, scenario.transfers, strict=True)
+        (*slot, value)
+        if slot is not None and stream.source == shard and stream.key_range == key_range
+        else slot
+        for slot, stream in zip(state.now.slots, scenario.streams, strict=True)
     )
     now = state.now._replace(rows=replaced(state.now.rows, key_range, value), slots=slots)
     world = put(world, shard, state._replace(now=now, kept=None))

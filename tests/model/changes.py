@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shardkit.core.move import Phase
+
 from . import topologies
 from .rules import Rule
 from .turn import Moves, Turn
@@ -9,6 +11,10 @@ from .world import Content, Step, holders
 
 PLAIN, ENTRY, OWN = "plain", "entry", "own"
 """Whose subscriptions an opening disables: nobody's; of transfers that are cutting over; of this transfer."""
+
+
+_FORTH = (Phase.CUTTING_OVER, Phase.ABORTING)
+_BACK = (Phase.CUTTING_BACK, Phase.STAYING)
 
 
 def proposal(turn: Turn, kind: str, version: int) -> int:
@@ -182,23 +188,21 @@ def _open(turn: Turn, change: int, current: int, shard: int, disable: str) -> Mo
 
 def disabled(turn: Turn, now: Content, change: int, shard: int, disable: str) -> tuple[int, ...]:
     """The subscriptions of a shard after the opening."""
-    owners = topologies.facts(change).owners
+    owners, many = topologies.facts(change).owners, len(turn.scenario.transfers)
     return tuple(
         2
         if state
         and transfer.target == shard
         and (
-            (disable == OWN and number == turn.index)
+            (disable == OWN and number == turn.number)
             or (
                 disable == ENTRY
-                and turn.world.catalog.phases[number] == "cutting over"
+                and turn.world.catalog.phases[number % many] in (_BACK if number >= many else _FORTH)
                 and owners[transfer.key_range] == shard
             )
         )
         else state
-        for number, (transfer, state) in enumerate(
-            zip(turn.scenario.transfers, now.subscriptions, strict=True)
-        )
+        for number, (transfer, state) in enumerate(zip(turn.scenario.streams, now.subscriptions, strict=True))
     )
 
 

@@ -6,26 +6,26 @@ from shardkit.core.move import Event
 
 from . import topologies
 from .rules import Rule
-from .turn import Moves, Turn
+from .turn import BACK, Moves, Turn
 from .world import ABSENT, Content, World, replaced
 
 
 def _with_slot(turn: Turn, now: Content, slot: tuple[int, ...] | None) -> Content:
-    return now._replace(slots=(*now.slots[: turn.index], slot, *now.slots[turn.index + 1 :]))
+    return now._replace(slots=(*now.slots[: turn.number], slot, *now.slots[turn.number + 1 :]))
 
 
 def _with_subscription(turn: Turn, now: Content, state: int) -> Content:
-    return now._replace(subscriptions=replaced(now.subscriptions, turn.index, state))
+    return now._replace(subscriptions=replaced(now.subscriptions, turn.number, state))
 
 
 def slot_of(turn: Turn) -> tuple[int, ...] | None:
     """What the subscription has yet to apply; None without a slot."""
-    return turn.shard(turn.transfer.source).now.slots[turn.index]
+    return turn.shard(turn.transfer.source).now.slots[turn.number]
 
 
 def subscription_of(turn: Turn) -> int:
     """0 none, 1 enabled, 2 disabled."""
-    return turn.shard(turn.transfer.target).now.subscriptions[turn.index]
+    return turn.shard(turn.transfer.target).now.subscriptions[turn.number]
 
 
 def step_on(turn: Turn, shard: int, label: str, now: Content) -> Moves:
@@ -155,8 +155,10 @@ def delete(turn: Turn, side: str) -> Moves:
     if state.now.rows[key_range] != ABSENT:
         now = now._replace(
             slots=tuple(
-                (*slot, ABSENT) if slot is not None and transfer.key_range == key_range else slot
-                for slot, transfer in zip(now.slots, turn.scenario.transfers, strict=True)
+                (*slot, ABSENT)
+                if slot is not None and stream.source == shard and stream.key_range == key_range
+                else slot
+                for slot, stream in zip(now.slots, turn.scenario.streams, strict=True)
             )
         )
     yield from step_on(turn, shard, "deletes the rows", now)
@@ -203,6 +205,12 @@ def note_servers(turn: Turn) -> Moves:
 def same_servers(turn: Turn) -> Moves:
     """Whether both servers are those the copy began with, and the slot is of use."""
     lost = subscription_of(turn) != 0 and slot_of(turn) is None
+    if turn.thread.phase in BACK:
+        if possible(turn):
+            yield from turn.at_once()
+        else:
+            yield turn.stopped("the way back is lost")
+        return
     if Rule.SAME_SERVERS not in turn.rules:
         if lost:  # made again, from now on
             source = turn.transfer.source
@@ -214,6 +222,33 @@ def same_servers(turn: Turn) -> Moves:
         yield turn.enters(Event.SERVER_CHANGED)
     else:
         yield from turn.at_once()
+
+
+def possible(turn: Turn) -> bool:
+    """Whether the way back has every write: the servers are the same, subscription and slot are there."""
+    back = turn.along("back")
+    if Rule.SAME_SERVERS in turn.rules and not same(turn):
+        return False
+    return subscription_of(back) != 0 and slot_of(back) is not None
+
+
+def claim_for_way_back(turn: Turn, when: str) -> Moves:
+    """The slot of the way back, unless it is there: made while nobody waits for the opening."""
+    wanted = "before" if Rule.SLOT_BACK_FIRST in turn.rules else "after"
+    if when != wanted or slot_of(turn) is not None:
+        yield from turn.at_once(skip=2)
+    else:
+        yield from claim_for_slot(turn)
+
+
+def begin_back(turn: Turn) -> Moves:
+    """Subscribe without a copy. From where the target opened on: what it applied before is not in the slot here."""
+    shard = turn.transfer.target
+    if subscription_of(turn):
+        yield from turn.at_once()
+    elif guarded(turn, shard):
+        now = _with_subscription(turn, turn.shard(shard).now, 2)
+        yield from step_on(turn, shard, "subscribes to the way back", now)
 
 
 def triggers(turn: Turn, state: str) -> Moves:

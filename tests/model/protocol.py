@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardkit.core.errors import TopologyInvalid
-from shardkit.core.move import FINAL, Phase, can_abort
+from shardkit.core.move import FINAL, ROLLBACK, STILL, Event, Phase, can_abort, step
 
 from . import actions, apps, topologies
 from .explorer import Violation
@@ -22,8 +22,10 @@ from .world import (
     Scenario,
     Shard,
     Thread,
+    Transfer,
     World,
     all_final,
+    all_still,
     first,
     holders,
     owner_of,
@@ -43,8 +45,15 @@ class Protocol:
     def first(self) -> World:
         """The beginning."""
         world, phase = first(self.scenario), self.scenario.begins
+        if phase in ROLLBACK:
+            world = world._replace(budget=world.budget._replace(rollbacks=world.budget.rollbacks + 1))
         while phase is not None and world.catalog.phases[0] is not phase:
-            _, world = next(iter(actions.take(self.scenario, world, 0, 0)))
+            if world.catalog.phases[0] is Phase.KEPT:  # the last that the operator can say
+                *_, (_, world) = self._operator(world)
+            else:
+                _, world = next(iter(actions.take(self.scenario, world, 0, 0)))
+            if self.scenario.keeps:  # servers and standbys have had the time to flush
+                world = world._replace(shards=tuple(shard._replace(kept=None) for shard in world.shards))
         apps = tuple(app._replace(topology=world.catalog.current) for app in world.apps)
         return world if phase is None else world._replace(apps=apps)
 
@@ -56,8 +65,10 @@ class Protocol:
             if mover is not None:
                 yield from self._mover(world, seat, mover)
         yield from self._applied(world)
-        if world.catalog.lease and not all_final(world.catalog):
+        if world.catalog.lease and not all_still(world.catalog):
             yield from self._new_mover(world)
+        elif not all_final(world.catalog):
+            yield from self._operator(world)
         yield from self._servers(world)
 
     def _mover(self, world: World, seat: int, mover: Mover) -> Moves:
@@ -119,7 +130,7 @@ class Protocol:
                 leased = leased._replace(budget=world.budget._replace(aborts=world.budget.aborts - 1))
             then = "turn back" if abort else "act"
             threads = tuple(
-                Thread(phase, () if phase in FINAL else (("settle", "entry"), (then,)))
+                Thread(phase, () if phase in STILL else (("settle", "entry"), (then,)))
                 for phase in catalog.phases
             )
             yield (
@@ -127,11 +138,35 @@ class Protocol:
                 with_mover(leased, seat, Mover(token, abort, threads)),
             )
 
+    def _operator(self, world: World) -> Moves:
+        """Sources are kept: the operator lets them go, or has the ranges brought back, where that is possible."""
+        free = next((seat for seat, mover in enumerate(world.movers) if mover is None), None)
+        if free is None:
+            return
+        token = world.catalog.lease + 1
+        for event in (Event.FINALIZE, Event.ROLL_BACK):
+            budget = world.budget
+            if event is Event.ROLL_BACK:
+                if not budget.rollbacks:
+                    continue
+                budget = budget._replace(rollbacks=budget.rollbacks - 1)
+            phases = tuple(
+                step(phase, event).next if phase is Phase.KEPT else phase for phase in world.catalog.phases
+            )
+            threads = tuple(
+                Thread(phase, () if phase in STILL else (("settle", "entry"), ("act",))) for phase in phases
+            )
+            told = world._replace(budget=budget, catalog=world.catalog._replace(lease=token, phases=phases))
+            yield (
+                f"mover {token}, told by an operator: {Phase.KEPT}, {event}: {step(Phase.KEPT, event).next}",
+                with_mover(told, free, Mover(token, False, threads)),
+            )
+
     # --- servers ---------------------------------------------------------------------------------------------------
 
     def _applied(self, world: World) -> Moves:
-        """The subscription of each transfer applies what its slot has."""
-        for index, transfer in enumerate(self.scenario.transfers):
+        """The subscription of each stream applies what its slot has."""
+        for index, transfer in enumerate(self.scenario.streams):
             source, target = world.shards[transfer.source], world.shards[transfer.target]
             slot = source.now.slots[index]
             if not slot or target.now.subscriptions[index] != 1:
@@ -142,10 +177,24 @@ class Protocol:
             kept = target.kept
             if kept is None and transfer.target in self.scenario.standbys:
                 kept = target.now
-            after = put(
-                after, transfer.target, target._replace(now=target.now._replace(rows=rows), kept=kept)
-            )
+            now = target.now._replace(rows=rows, slots=self._passed_on(after, transfer, slot[0]))
+            after = put(after, transfer.target, target._replace(now=now, kept=kept))
             yield f"{transfer.target} applies {slot[0] if slot[0] != ABSENT else 'a delete'}", after
+
+    def _passed_on(self, world: World, along: Transfer, value: int) -> tuple[tuple[int, ...] | None, ...]:
+        """What is applied is written, and goes on along the other way if somebody subscribes to that by now."""
+        now = world.shards[along.target].now
+        if not self.scenario.keeps:
+            return now.slots
+        return tuple(
+            (*slot, value)
+            if slot is not None
+            and stream.source == along.target
+            and stream.target == along.source
+            and world.shards[stream.target].now.subscriptions[number]
+            else slot
+            for number, (slot, stream) in enumerate(zip(now.slots, self.scenario.streams, strict=True))
+        )
 
     def _servers(self, world: World) -> Moves:
         budget = world.budget
@@ -169,16 +218,19 @@ class Protocol:
 
     def _may_fail_over(self, world: World, number: int) -> bool:
         """Up to the clearing that ends a transfer: what a fail-over brings back of that, nobody looks for."""
-        for transfer, phase in zip(self.scenario.transfers, world.catalog.phases, strict=True):
-            if phase in FINAL or phase is Phase.ABORTING:
+        for index, phase in enumerate(world.catalog.phases):
+            if phase in FINAL or phase in (Phase.ABORTING, Phase.STAYING):
                 return False
-            if phase is Phase.PURGING and number == transfer.source:
+            back = len(self.scenario.transfers) if phase in ROLLBACK else 0
+            transfer = self.scenario.streams[index + back]
+            clearing = phase in (Phase.PURGING, Phase.CLEARING)
+            if clearing and number == transfer.source:
                 return False
             target = world.shards[transfer.target]
             dropped = not any(target.now.subscriptions)
             fence = topologies.facts(world.catalog.current).fences[transfer.target]
             opened = target.kept is None or fence in target.kept.names
-            if phase is Phase.PURGING and number == transfer.target and dropped and opened:
+            if clearing and number == transfer.target and dropped and opened:
                 return False
         return True
 
@@ -226,7 +278,7 @@ class Protocol:
             return
         subscriptions = tuple(
             2 if state and transfer.target == number and facts.owners[transfer.key_range] == number else state
-            for transfer, state in zip(self.scenario.transfers, shard.now.subscriptions, strict=True)
+            for transfer, state in zip(self.scenario.streams, shard.now.subscriptions, strict=True)
         )
         now = shard.now._replace(names=(fence,), copy=catalog.current, subscriptions=subscriptions)
         yield f"an operator readmits {number}", put(world, number, shard._replace(now=now))
@@ -234,7 +286,7 @@ class Protocol:
     def _slot_lost(self, world: World) -> Moves:
         """A slot held back too much WAL."""
         left = world._replace(budget=world.budget._replace(lost_slots=world.budget.lost_slots - 1))
-        for index, transfer in enumerate(self.scenario.transfers):
+        for index, transfer in enumerate(self.scenario.streams):
             source = world.shards[transfer.source]
             if source.now.slots[index]:
                 slots = (*source.now.slots[:index], None, *source.now.slots[index + 1 :])
@@ -245,8 +297,13 @@ class Protocol:
 
     def _planted(self, world: World) -> Moves:
         """Somebody changes a row on the target that is not owned there, before it is compared."""
-        for index, transfer in enumerate(self.scenario.transfers):
-            if world.catalog.phases[index] not in ("copying", "catching up"):
+        many = len(self.scenario.transfers)
+        for number, transfer in enumerate(self.scenario.streams):
+            index = number % many
+            phases = (
+                (Phase.KEPT, Phase.ROLLING_BACK) if number >= many else (Phase.COPYING, Phase.CATCHING_UP)
+            )
+            if world.catalog.phases[index] not in phases:
                 continue
             if any(m.threads[index].verified for m in world.movers if m):
                 continue
@@ -284,6 +341,9 @@ class Protocol:
             # A shard that failed over without the opening is closed until it is readmitted.
             if not owners and not under_way and self.scenario.must_end and not self.scenario.standbys:
                 return f"range {key_range} has no owner"
+        for transfer, phase in zip(self.scenario.transfers, world.catalog.phases, strict=True):
+            if phase is Phase.KEPT and transfer.source in owner_of(world, transfer.key_range):
+                return f"shard {transfer.source} is kept as a source, and owns what it gave"
         return None
 
     def unfinished(self, world: World) -> str | None:

@@ -13,6 +13,7 @@ from .world import Budget, Scenario, Transfer
 ALL_KINDS = ("write", "scatter", "beside", "beside old")
 WRITER = ((1, ("write",)),)
 COUNTER = ((1, ("scatter",)),)
+TWICE = ((2, ("write",)),)
 SOURCE, TARGET = frozenset({0}), frozenset({1})
 
 WHOLE = (
@@ -35,6 +36,48 @@ WHOLE = (
     Scenario("locked steps", locked=True, apps=WRITER, budget=Budget(movers=1, aborts=1)),
     Scenario(
         "two transfers of one source", transfers=(Transfer(0, 1, 0), Transfer(0, 2, 1)), shards=3, apps=WRITER
+    ),
+    Scenario("a kept source", keeps=True, budget=Budget(movers=1, aborts=1, rollbacks=1)),
+    Scenario("a kept source, a writer", keeps=True, apps=WRITER, budget=Budget(rollbacks=1)),
+    Scenario(
+        "a rollback, two movers",
+        keeps=True,
+        begins=Phase.KEPT,
+        apps=((1, ("write", "scatter")),),
+        budget=Budget(movers=1, aborts=1, rollbacks=1, postponements=1),
+    ),
+    Scenario(
+        "servers crash in a rollback",
+        keeps=True,
+        begins=Phase.KEPT,
+        apps=WRITER,
+        budget=Budget(crashes=1, rollbacks=1),
+    ),
+    Scenario(
+        "the source fails over while it is kept",
+        keeps=True,
+        begins=Phase.KEPT,
+        apps=WRITER,
+        standbys=SOURCE,
+        budget=Budget(failovers=1, rollbacks=1),
+        must_end=False,
+    ),
+    Scenario(
+        "the target fails over while the source is kept",
+        keeps=True,
+        begins=Phase.KEPT,
+        apps=WRITER,
+        standbys=TARGET,
+        budget=Budget(failovers=1, rollbacks=1),
+        must_end=False,
+    ),
+    Scenario(
+        "the slot of the way back is lost",
+        keeps=True,
+        begins=Phase.KEPT,
+        apps=WRITER,
+        budget=Budget(lost_slots=1, rollbacks=1),
+        must_end=False,
     ),
 )
 """With all rules; together under half a minute on a slow core."""
@@ -88,6 +131,25 @@ DEEP = (
         shards=3,
         budget=Budget(movers=1),
     ),
+    Scenario(
+        "a kept source, two movers, two rollbacks",
+        keeps=True,
+        apps=WRITER,
+        budget=Budget(movers=1, aborts=1, rollbacks=2),
+    ),
+    Scenario(
+        "a kept source, servers crash",
+        keeps=True,
+        apps=WRITER,
+        budget=Budget(crashes=1, movers=1, rollbacks=1),
+    ),
+    Scenario(
+        "a kept source, two writers",
+        keeps=True,
+        begins=Phase.KEPT,
+        apps=((2, ("write",)), (1, ALL_KINDS)),
+        budget=Budget(movers=1, aborts=1, rollbacks=1),
+    ),
 )
 """With all rules, wider; minutes."""
 
@@ -111,7 +173,54 @@ _ONE_APP = Scenario("one application", apps=WRITER)
 _COUNTING = Scenario("counting", apps=COUNTER)
 _RESTORED = Scenario("restored", apps=WRITER, budget=Budget(catalog_losses=1), must_end=False)
 
+_KEPT = Scenario("kept", keeps=True, begins=Phase.KEPT, apps=TWICE, budget=Budget(rollbacks=1))
+_BACK = replace(_KEPT, name="back", begins=Phase.ROLLING_BACK, budget=Budget())
+_BACK_TWO = replace(
+    _BACK, begins=Phase.CUTTING_BACK, apps=WRITER, budget=Budget(movers=1, aborts=1), must_end=False
+)
+
 MUTANTS = (
+    Mutant(
+        (Rule.SLOT_BACK_FIRST, Rule.COMPARE),
+        Scenario("slot back", keeps=True, apps=WRITER, budget=Budget(rollbacks=1)),
+        "shard 0 has 0 where 1 was acknowledged",
+    ),
+    Mutant(
+        (Rule.ONE_DIRECTION, Rule.DISABLE_AT_OPENING),
+        Scenario("circle", keeps=True, begins=Phase.CUT_OVER, apps=TWICE, budget=Budget(rollbacks=1)),
+        "where 2 was acknowledged",
+    ),
+    Mutant(
+        (Rule.DROP_BACK,), Scenario("dropped", keeps=True, begins=Phase.KEPT), "a subscription is left on 0"
+    ),
+    Mutant((Rule.WAIT_FOR_REPLAY,), _KEPT, "was acknowledged"),
+    Mutant(
+        (Rule.COMPARE,),
+        replace(_KEPT, budget=Budget(planted=1, rollbacks=1), must_end=False),
+        "value 99 on 0",
+    ),
+    Mutant((Rule.DISABLE_AT_OPENING, Rule.DROP_BEFORE_PURGE), _BACK, "finds no row on 0"),
+    Mutant((Rule.DROP_BEFORE_PURGE,), _KEPT, "a row that it does not own is left on 0"),
+    Mutant((Rule.CLOSING_LOCK,), _BACK, "finds value 0 on 0"),
+    Mutant((Rule.TOKEN,), _BACK_TWO, "owns what it gave"),
+    Mutant((Rule.TOKEN_BEFORE_LOOKING,), _BACK_TWO, "owns what it gave"),
+    Mutant((Rule.LOOK,), _BACK_TWO, "owns what it gave"),
+    Mutant(
+        (Rule.SAME_SERVERS, Rule.COMPARE),
+        replace(_KEPT, budget=Budget(rollbacks=1, failovers=1), standbys=SOURCE, must_end=False),
+        "was acknowledged",
+    ),
+    Mutant(
+        (Rule.STANDBYS_OF_TARGET,),
+        replace(_BACK, standbys=SOURCE, budget=Budget(failovers=1), must_end=False),
+        "finds value 0 on 0",
+    ),
+    Mutant(
+        (Rule.STANDBYS_OF_SOURCE,),
+        replace(_BACK, standbys=TARGET, budget=Budget(failovers=1), must_end=False),
+        "two owners",
+    ),
+    Mutant((Rule.SYNCHRONOUS_DECISION,), replace(_KEPT, budget=Budget(crashes=1, rollbacks=1)), "two owners"),
     Mutant((Rule.FENCE,), _ONE_APP, "finds no row on 0"),
     Mutant((Rule.CLOSING_LOCK,), _ONE_APP, "finds no row on 0"),
     Mutant((Rule.MARK_CLOSES,), _COUNTING, "counts [2, 1]"),
@@ -181,8 +290,8 @@ MUTANTS = (
     ),
 )
 
-DOUBLED = (Rule.DISABLE_AT_OPENING, Rule.DROP_BEFORE_PURGE)
-"""Rules that each make up for the other: only without both is something lost."""
+DOUBLED = (Rule.DISABLE_AT_OPENING, Rule.DROP_BEFORE_PURGE, Rule.ONE_DIRECTION)
+"""Rules of which one makes up for another: only without both is something lost."""
 
 
 def mutated(mutant: Mutant) -> Scenario:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from shardkit.core.move import FINAL, Event, step
+from shardkit.core.move import ROLLBACK, STILL, Event, Phase, step
 
 from . import topologies
 from .rules import Rule
@@ -23,6 +23,9 @@ from .world import (
 
 Moves = Iterator[tuple[str, World]]
 
+BACK = ROLLBACK | {Phase.STAYING}
+"""Phases whose steps go from the target to the source."""
+
 CHANGING = frozenset({"close", "replayed", "decide", "open", "record", "look", "discard"})
 """The steps within a change of the topology: of a mover's threads, one at a time."""
 
@@ -31,7 +34,7 @@ class Turn:
     """One step of a thread. The methods that end in a world take the step off the thread's list."""
 
     __slots__ = (
-        "index", "mover", "name", "rules", "scenario", "seat", "steps", "thread", "token", "transfer", "world"
+        "index", "mover", "name", "number", "rules", "scenario", "seat", "steps", "thread", "token", "transfer", "world"
     )  # fmt: skip
 
     def __init__(
@@ -47,9 +50,21 @@ class Turn:
         self.scenario, self.rules, self.world = scenario, scenario.rules, world
         self.seat, self.index, self.mover, self.steps = seat, index, mover, steps
         self.thread: Thread = mover.threads[index]
-        self.transfer: Transfer = scenario.transfers[index]
+        self.number, self.transfer = index, scenario.transfers[index]
+        if self.thread.phase in BACK:
+            self._turn_round("back")
         self.token = mover.token
         self.name = f"mover {mover.token}" + (f"/{index}" if len(mover.threads) > 1 else "")
+
+    def _turn_round(self, way: str) -> None:
+        self.number = self.index + (len(self.scenario.transfers) if way == "back" else 0)
+        self.transfer = self.scenario.streams[self.number]
+
+    def along(self, way: str) -> Turn:
+        """The same turn along one of the two ways: what is source and target here is exchanged on the way back."""
+        turn = self.on(self.world)
+        turn._turn_round(way)
+        return turn
 
     def take(self) -> Moves:
         """The thread's next step."""
@@ -167,7 +182,7 @@ class Turn:
         row = step(self.thread.phase, event)
         phases = (*catalog.phases[: self.index], row.next, *catalog.phases[self.index + 1 :])
         world = self.with_catalog(phases=phases)
-        steps: tuple[Step, ...] = () if row.next in FINAL else (("act",),)
+        steps: tuple[Step, ...] = () if row.next in STILL else (("act",),)
         thread = Thread(row.next, steps, self.thread.verified)
         return f"{self.name}: {row.phase}, {row.event}: {row.next}", self.with_thread(thread, world)
 

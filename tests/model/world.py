@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from shardkit.core.move import FINAL, Phase
+from shardkit.core.move import FINAL, STILL, Phase
 
 from . import topologies
 from .rules import ALL, Rule
@@ -28,9 +29,9 @@ class Content(NamedTuple):
     rows: tuple[int, ...]
     """Of each range one row that stands for all: a counter."""
     subscriptions: tuple[int, ...]
-    """Of each transfer, on its target: 0 none, 1 enabled, 2 disabled."""
+    """Of each stream, on its target: 0 none, 1 enabled, 2 disabled."""
     slots: tuple[tuple[int, ...] | None, ...]
-    """Of each transfer, on its source: what the subscription has yet to apply."""
+    """Of each stream, on its source: what the subscription has yet to apply."""
     triggers: tuple[bool, ...]
 
 
@@ -105,6 +106,7 @@ class Budget(NamedTuple):
     lost_slots: int = 0
     catalog_losses: int = 0
     planted: int = 0
+    rollbacks: int = 0
 
 
 class World(NamedTuple):
@@ -145,11 +147,19 @@ class Scenario:
     """Without logical replication: the range passes in one step under the fence."""
     history: bool = False
     """Begin after a move of range 0 that was aborted, its names not yet drained."""
+    keeps: bool = False
+    """The source keeps its rows until an operator finalizes, which he always can, or rolls back."""
     begins: Phase | None = None
     """Begin where an undisturbed mover has come to this phase."""
     must_end: bool = True
     """Whether everything has to come to its end, or a refusal is one."""
     rules: frozenset[Rule] = ALL
+
+    @cached_property
+    def streams(self) -> tuple[Transfer, ...]:
+        """Where replication can go: along each transfer, and, if sources are kept, back along each."""
+        back = tuple(Transfer(there.target, there.source, there.key_range) for there in self.transfers)
+        return (*self.transfers, *back) if self.keeps else self.transfers
 
 
 def first(scenario: Scenario) -> World:
@@ -164,7 +174,7 @@ def first(scenario: Scenario) -> World:
             topologies.facts(topologies.marked(start, 2, 1, 0)).fences[1],
             topologies.facts(current).fences[1],
         )
-    none = (0,) * len(scenario.transfers)
+    none, streams = (0,) * len(scenario.transfers), scenario.streams
     shards = tuple(
         Shard(
             Content(
@@ -172,8 +182,8 @@ def first(scenario: Scenario) -> World:
                 current,
                 1,
                 tuple(0 if owner == shard else ABSENT for owner in scenario.owners),
-                none,
-                tuple(None for _ in none),
+                tuple(0 for _ in streams),
+                tuple(None for _ in streams),
                 tuple(False for _ in none),
             )
         )
@@ -223,3 +233,8 @@ def holders(world: World, shard: int, names: tuple[int, ...]) -> bool:
 def all_final(catalog: Catalog) -> bool:
     """Whether the job has come to its end."""
     return all(phase in FINAL for phase in catalog.phases)
+
+
+def all_still(catalog: Catalog) -> bool:
+    """Whether no mover has anything to do."""
+    return all(phase in STILL for phase in catalog.phases)
