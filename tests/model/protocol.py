@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shardkit.core.errors import TopologyInvalid
-from shardkit.core.move import FINAL, ROLLBACK, STILL, Event, Phase, can_abort, step
+from shardkit.core.move import FINAL, ROLLBACK, Phase
 
-from . import actions, apps, topologies
+from . import actions, apps, arrivals, topologies
 from .explorer import Violation
-from .rules import Rule
-from .turn import released, with_mover
+from .turn import released
 from .world import (
     ABSENT,
     App,
@@ -49,7 +48,7 @@ class Protocol:
             world = world._replace(budget=world.budget._replace(rollbacks=world.budget.rollbacks + 1))
         while phase is not None and world.catalog.phases[0] is not phase:
             if world.catalog.phases[0] is Phase.KEPT:  # the last that the operator can say
-                *_, (_, world) = self._operator(world)
+                *_, (_, world) = arrivals.operator(world)
             else:
                 _, world = next(iter(actions.take(self.scenario, world, 0, 0)))
             if self.scenario.keeps:  # servers and standbys have had the time to flush
@@ -66,9 +65,9 @@ class Protocol:
                 yield from self._mover(world, seat, mover)
         yield from self._applied(world)
         if world.catalog.lease and not all_still(world.catalog):
-            yield from self._new_mover(world)
+            yield from arrivals.new_mover(world, self.rules)
         elif not all_final(world.catalog):
-            yield from self._operator(world)
+            yield from arrivals.operator(world)
         yield from self._servers(world)
 
     def _mover(self, world: World, seat: int, mover: Mover) -> Moves:
@@ -79,88 +78,6 @@ class Protocol:
                 yield from actions.take(self.scenario, world, seat, index)
             except TopologyInvalid as error:
                 raise Violation(f"mover {mover.token} asks for a topology that cannot be: {error}") from error
-
-    # --- movers come and go ----------------------------------------------------------------------------------------
-
-    def _new_mover(self, world: World) -> Moves:
-        budget = world.budget
-        if budget.movers:
-            left = world._replace(budget=budget._replace(movers=budget.movers - 1))
-            holder = next(
-                (
-                    seat
-                    for seat, mover in enumerate(world.movers)
-                    if mover is not None and mover.token == world.catalog.lease
-                ),
-                None,
-            )
-            free = next((seat for seat, mover in enumerate(world.movers) if mover is None), None)
-            if free is not None:
-                yield from self._starts(left, free, "begins")
-            if holder is not None:
-                killed = released(with_mover(left, holder, None), world.catalog.lease)
-                yield from self._starts(killed, holder, f"replaces mover {world.catalog.lease}, killed,")
-        for number, shard in enumerate(world.shards):
-            if shard.locker:
-                yield from self._hung(world, number, shard)
-
-    def _hung(self, world: World, number: int, shard: Shard) -> Moves:
-        """A mover that holds a fence and is heard of no more; its server ends the session, or does not."""
-        budget = world.budget
-        seat = next((s for s, m in enumerate(world.movers) if m and m.token == shard.locker), None)
-        if seat is None:
-            if Rule.HUNG_SESSIONS in self.rules:
-                label = f"the server ends the session of mover {shard.locker} on {number}"
-                yield label, put(world, number, shard._replace(locker=0))
-        elif budget.hangs and budget.movers:
-            left = world._replace(budget=budget._replace(hangs=budget.hangs - 1))
-            yield f"the machine of mover {shard.locker} vanishes", with_mover(left, seat, None)
-            if Rule.HUNG_SESSIONS in self.rules:
-                label = f"the server ends the session of mover {shard.locker}, which sleeps, on {number}"
-                yield label, put(left, number, shard._replace(locker=0))
-
-    def _starts(self, world: World, seat: int, how: str) -> Moves:
-        catalog = world.catalog
-        token = catalog.lease + 1
-        leased = world._replace(catalog=catalog._replace(lease=token))
-        for abort in (False, True):
-            if abort:
-                if not world.budget.aborts or not any(map(can_abort, catalog.phases)):
-                    continue
-                leased = leased._replace(budget=world.budget._replace(aborts=world.budget.aborts - 1))
-            then = "turn back" if abort else "act"
-            threads = tuple(
-                Thread(phase, () if phase in STILL else (("settle", "entry"), (then,)))
-                for phase in catalog.phases
-            )
-            yield (
-                f"mover {token} {how}" + (" to abort" if abort else ""),
-                with_mover(leased, seat, Mover(token, abort, threads)),
-            )
-
-    def _operator(self, world: World) -> Moves:
-        """Sources are kept: the operator lets them go, or has the ranges brought back, where that is possible."""
-        free = next((seat for seat, mover in enumerate(world.movers) if mover is None), None)
-        if free is None:
-            return
-        token = world.catalog.lease + 1
-        for event in (Event.FINALIZE, Event.ROLL_BACK):
-            budget = world.budget
-            if event is Event.ROLL_BACK:
-                if not budget.rollbacks:
-                    continue
-                budget = budget._replace(rollbacks=budget.rollbacks - 1)
-            phases = tuple(
-                step(phase, event).next if phase is Phase.KEPT else phase for phase in world.catalog.phases
-            )
-            threads = tuple(
-                Thread(phase, () if phase in STILL else (("settle", "entry"), ("act",))) for phase in phases
-            )
-            told = world._replace(budget=budget, catalog=world.catalog._replace(lease=token, phases=phases))
-            yield (
-                f"mover {token}, told by an operator: {Phase.KEPT}, {event}: {step(Phase.KEPT, event).next}",
-                with_mover(told, free, Mover(token, False, threads)),
-            )
 
     # --- servers ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from .world import (
     Shard,
     Step,
     Thread,
-    Transfer,
     World,
     put,
 )
