@@ -13,7 +13,7 @@ pytest_plugins = [
     "tests.fix_oracle",
     "tests.fix_postgres",
     "tests.fix_sharded",
-    "tests.fix_shards",
+    "tests.fix_shards", "tests.fix_backups",
     "tests.fix_twins",
 ]
 

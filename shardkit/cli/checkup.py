@@ -353,7 +353,7 @@ def _in_transit(view: View) -> Iterator[Finding]:
         yield view.problem(
             "in transit",
             f"{count(len(arcs), 'arc')} marked, and no job is unfinished",
-            "Answers stay right, as sessions leave these arcs out; report it with `shardkit status --json`.",
+            "Answers stay right, as sessions leave these arcs out; `shardkit verify --repair` removes what it can.",
         )
 
 

@@ -43,6 +43,7 @@ from .options import (
 from .output import narrate, next_step, percent, show, table
 from .pin import pin, unpin
 from .reach import Lent
+from .readmit import readmit
 from .remove import remove
 from .replica import replica
 from .reweight import reweight
@@ -110,6 +111,7 @@ def register(app: typer.Typer) -> None:
     group.command("unpin", context_settings={"ignore_unknown_options": True})(unpin)
     group.command("list")(list_)
     group.command("replica")(replica)
+    group.command("readmit")(readmit)
     app.add_typer(group, name="shard")
 
 

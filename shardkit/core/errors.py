@@ -318,7 +318,15 @@ class ServerFailed(ShardkitError):
 class ShardBehind(Refused):
     """A shard holds an older topology than the catalog and others rely on.
 
-    It was restored or failed over to an older state: keep applications away from it and run `shardkit doctor`.
+    It was restored or failed over to an older state: keep applications away from it; `shardkit doctor` says more, and
+    `shardkit shard readmit` brings it forward.
+    """
+
+
+class RowsGone(Refused):
+    """A shard is older than the moves that brought keys to it, and does not have their rows.
+
+    Restore it to a later moment, or bring the rows there that another shard has still; `--accept-loss` does without.
     """
 
 
@@ -402,7 +410,8 @@ class TopologyChanged(RetryLater):
 class TopologyUnsettled(RetryLater):
     """A shard has not yet taken the topology that the others have.
 
-    A change was interrupted between two shards: run `shardkit rebalance resume`, then try again.
+    A change was interrupted between two shards, which `shardkit rebalance resume` settles; or the shard went back to an
+    older state, which `shardkit doctor` tells. Then try again.
     """
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from shardkit.core.errors import CatalogBehind, MoverSuperseded
+from shardkit.core.errors import CatalogBehind, MoverSuperseded, ShardBehind
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable
-from shardkit.storage import change, inspection, openings, purge, replication, sourceguard, tables
+from shardkit.storage import change, fence, inspection, openings, purge, replication, sourceguard, tables
 from shardkit.storage.attended import attended
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
@@ -71,7 +71,8 @@ class Clearing:
             except (psycopg.errors.UndefinedTable, purge.NewerFence):
                 # Another transfer changes this shard's fence; look again under what is in force then.
                 if time.monotonic() > deadline:
-                    raise CatalogBehind(
+                    newer = fence.newest(fence.relations(connection)) > in_force.version
+                    raise (CatalogBehind if newer else ShardBehind)(
                         f"Shard {shard.name} has not the fence {in_force.relation} of the catalog's topology, or a "
                         "newer one. Nothing was deleted there.",
                         shard=shard.name,

@@ -230,7 +230,7 @@ class LockedCopier:
         if remaining:
             run.clearing.delete_rows(taker, remaining)
         if moved := run.row.arcs - remaining:
-            run.followers.wait(taker, f"the deletion on shard {giver.name}")
+            run.wait_for_owner(taker, giver)
             run.clearing.delete_rows(giver, moved)
 
     def _step(self, giver: Shard, taker: Shard, piece: ArcSet) -> None:
@@ -244,7 +244,7 @@ class LockedCopier:
         )
         self._committed = False
         failpoint("locked.opened")
-        run.followers.wait(taker, f"the deletion on shard {giver.name}")
+        run.wait_for_owner(taker, giver)
         deleted = self._delete(giver, piece)
         for table, rows in self._copied.items():
             self._done.rows[str(table)] = self._done.rows.get(str(table), 0) + rows

@@ -11,6 +11,7 @@ from shardkit.core.errors import IncompatibleServer, PreflightFailed
 from shardkit.core.move import Mode
 from shardkit.core.topology import Shard, ShardedTable, Topology
 from shardkit.storage import (
+    claims,
     indoubt,
     inspection,
     numbering,
@@ -18,6 +19,7 @@ from shardkit.storage import (
     sequences,
     servers,
     spare,
+    standing,
     tables,
     traps,
 )
@@ -49,6 +51,7 @@ def check(
     for shard, connection in ((source, here), (target, there)):
         reasons += [f"shard {shard.name}: {reason}" for reason in server_problems(connection)]
         reasons += [f"shard {shard.name}: {reason}" for reason in _doubtful(connection)]
+        reasons += [f"shard {shard.name}: {reason}" for reason in _behind(shard, connection)]
     if replicated:
         need = spare.Need.of(there, len(topology.tables))
         reasons += [f"shard {source.name}: {reason}" for reason in _sender(here, need)]
@@ -115,6 +118,15 @@ def check_tables(
             hint="Make the tables alike and `shardkit rebalance resume`, or take the move back with `rebalance abort`.",
             reasons=reasons,
         )
+
+
+def _behind(shard: Shard, connection: Connection) -> list[str]:
+    """That it went back in time. One that is about to join has no fence yet, or those of another number."""
+    claim, found = claims.read(connection), standing.fences(connection)
+    if claim is None or claim.shard_id != shard.id or not found or found[-1].version >= shard.fence.version:
+        return []
+    todo = f"`shardkit shard readmit {shard.name}` brings it forward"
+    return [f"it has the fence {found[-1].relation}, but the catalog relies on {shard.fence.relation}: {todo}"]
 
 
 def server_problems(connection: Connection) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import psycopg
 
-from shardkit.core.errors import MoverSuperseded, MoveWaiting, WalBudgetExceeded
+from shardkit.core.errors import MoverSuperseded, MoveWaiting, ShardBehind, WalBudgetExceeded
 from shardkit.core.move import ACTIONS, STILL, Action, Event, Mode, can_abort, step
 from shardkit.core.topology import Shard, Topology
-from shardkit.storage import change, servers, tables
+from shardkit.storage import change, fence, servers, tables
 from shardkit.storage.catalog import Catalog, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections, transaction
 from shardkit.storage.failpoints import failpoint
@@ -252,7 +252,7 @@ class TransferRun:
         """Delete the rows of the arcs on the shard that does not own them any more, and all that marks them there;
         ``stand_down`` takes the triggers away."""
         owner = self.target_shard if shard is self.source_shard else self.source_shard
-        self.followers.wait(owner, f"the deletion on shard {shard.name}")
+        self.wait_for_owner(owner, shard)
         deleted = self.clearing.delete_rows(shard)
         self.clearing.vacuum(shard)
         for table in self.tables:
@@ -261,6 +261,19 @@ class TransferRun:
         self.change(lambda now, version: now.unmarked(version, shard.id, self.row.arcs), self.around.patience)
         purged = self.catalog.transfer(self.row.id).record.get("rows_purged", 0)
         self.catalog.note(self.row.id, rows_purged=purged + deleted)
+
+    def wait_for_owner(self, owner: Shard, shard: Shard) -> None:
+        """Before rows are deleted on a shard that does not own them any more: the owner, and its standbys, must be open
+        for them. `ShardBehind` where it is not, as it went back in time: these may be the only rows."""
+        expected = self.topology().by_id[owner.id].fence
+        names = fence.relations(self.probes.get(owner))
+        if fence.newest(names) < expected.version:
+            raise ShardBehind(
+                f"Shard {owner.name} has the fence {', '.join(sorted(names)) or 'none'}, but the catalog relies on "
+                f"{expected.relation}. Nothing is deleted on shard {shard.name}, which may have its rows alone.",
+                shard=owner.name,
+            )
+        self.followers.wait(owner, f"the deletion on shard {shard.name}")
 
     def _certified_rows(self) -> dict[str, int]:
         certificate = self.catalog.transfer(self.row.id).record.get("certificate", {})

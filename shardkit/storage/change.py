@@ -12,6 +12,9 @@ Whatever is interrupted is settled by the next mover: it writes its token on the
 of the one before can no longer happen unless it has, looks, and finishes or discards. One change is pending at a
 time in the whole cluster (the catalog's unique index sees to it), as two at once can leave a shard with a fence that
 no topology names.
+
+A shard that went back in time neither closes nor opens by a change. It stays behind until `bring_forward`, and nobody
+who knows the topology in force is let in there meanwhile.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass, field
 import psycopg
 
 from shardkit.core.errors import CatalogBehind, MoverSuperseded, MoveWaiting, ShardBehind, StandbyBehind
+from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, Topology
 
 from . import fence, indoubt, standbys
@@ -129,11 +133,53 @@ def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None =
         connection = shards.get(shard)
         with transaction(connection, *OPENING, step="settling"):
             claim(connection, _token(catalog))
-            decided = proposal.fence_on(shard.id).relation in fence.relations(connection)
+            names = fence.relations(connection)
+        decided = proposal.fence_on(shard.id).relation in names
+        if not decided and change.is_behind(shard.id, names):
+            # It may have decided, and have forgotten it. Who opened has not.
+            decided = change.has_opened()
         if not decided:
             catalog.discard(proposal)
             return
     change.finish()
+
+
+def bring_forward(
+    catalog: Catalog,
+    shards: ShardConnections,
+    shard_id: int,
+    returned: ArcSet,
+    *,
+    while_closed: Hook,
+    report: Report = _silent,
+    patience: float = 60.0,
+) -> Topology:
+    """Put the fence, the copy and the arcs of the topology in force on a shard that is behind; no change is pending.
+
+    ``returned`` are arcs whose rows came back there, though they are others': with them it is a change, by which they
+    are in transit there. Interrupted, it is settled like any other, and leaves the shard as it was or as it is to be.
+    Else as `apply`.
+    """
+    current = catalog.current()
+    assert current is not None
+    topology = current
+    if returned:
+        topology = current.marked(catalog.next_version(), shard_id, returned)
+        catalog.propose(topology)
+        failpoint("change.proposed")
+    change = _Change(catalog, shards, current, topology, report=report, from_behind=True)
+    try:
+        change.close(current.by_id[shard_id], while_closed, patience)
+    except psycopg.OperationalError:
+        raise  # whether it was committed is not known; the next settle() looks
+    except Exception:
+        settle(catalog, shards)
+        raise
+    failpoint("change.decided")
+    if returned:
+        catalog.record(topology)
+    report(None)
+    return topology
 
 
 def drain(
@@ -189,6 +235,8 @@ class _Change:
     on_open: Hook | None = None
     report: Report = _silent
     clock: Clock = _silent
+    from_behind: bool = False
+    """Whether the shard that closes need not have the fence in force."""
     closing: list[Shard] = field(init=False)
     """The shards that lose something, as they are now: one that leaves is not in the proposal."""
     opening: list[Shard] = field(init=False)
@@ -248,7 +296,7 @@ class _Change:
             names = fence.lock_all(connection)
             self.clock("locked")
             failpoint("change.locked")
-            if not {shard.fence.relation, new} & names:
+            if not self.from_behind and not {shard.fence.relation, new} & names:
                 found = ", ".join(sorted(names)) or "none"
                 raise ShardBehind(
                     f"Shard {shard.name} has the fence {found}, but the catalog relies on {shard.fence.relation}.",
@@ -286,10 +334,30 @@ class _Change:
         connection = self.shards.get(shard)
         with transaction(connection, *OPENING, step="opening"):
             claim(connection, _token(self.catalog))
-            if self.on_open is not None:
-                self.on_open(connection)
-            fence.open_beside(connection, self.proposal, shard.id)
+            # Beside its older names the new one would let those in whom they once served.
+            if not self.is_behind(shard.id, fence.relations(connection)):
+                if self.on_open is not None:
+                    self.on_open(connection)
+                fence.open_beside(connection, self.proposal, shard.id)
             yield
+
+    def is_behind(self, shard_id: int, names: set[str]) -> bool:
+        """Whether a shard with these fences went back in time: it has neither the one in force nor the proposed."""
+        before = self.current.by_id.get(shard_id) if self.current is not None else None
+        return (
+            before is not None
+            and not {before.fence.relation, self.proposal.fence_on(shard_id).relation} & names
+        )
+
+    def has_opened(self) -> bool:
+        """Whether a shard that only gains has opened; none does any more that has not."""
+        for shard in self.opening:
+            connection = self.shards.get(shard)
+            with transaction(connection, *OPENING):
+                claim(connection, _token(self.catalog))
+                if shard.fence.relation in fence.relations(connection):
+                    return True
+        return False
 
     def _make_ready(self) -> None:
         for shard in self.opening:

@@ -83,6 +83,8 @@ PLACEMENT = (
     *(f"{step}.{edge}" for step in ("catalog.placement", "catalog.left") for edge in ("commit", "committed")),
 )
 """What a change of weights or pins passes, and a shard that leaves."""
+READMISSION = tuple(f"catalog.readmitted.{edge}" for edge in ("commit", "committed"))
+"""What a shard that is brought forward passes."""
 IDS = ("ids.restarted", "ids.altered")
 """What a split of ids passes."""
 TWO_PHASE = (
@@ -90,7 +92,7 @@ TWO_PHASE = (
     "two_phase.finishing", "two_phase.finished", "two_phase.forgotten",
 )  # fmt: skip
 """What a transaction over several shards passes."""
-POINTS = frozenset((*MOVE, *LOCKED, *BACK, *ASIDE, *JOIN, *PLACEMENT, *IDS, *TWO_PHASE))
+POINTS = frozenset((*MOVE, *LOCKED, *BACK, *ASIDE, *JOIN, *PLACEMENT, *READMISSION, *IDS, *TWO_PHASE))
 
 _armed = ""
 _times = 1

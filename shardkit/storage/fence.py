@@ -92,6 +92,9 @@ def lock_all(connection: Connection) -> set[str]:
 
 def close(connection: Connection, names: set[str], topology: Topology, shard_id: int) -> None:
     """Put the fence of ``topology`` in place of ``names``, which the caller holds locked, and write the copy."""
+    if not names:  # restored from a dump, which leaves them out
+        open_beside(connection, topology, shard_id)
+        return
     new = topology.fence_on(shard_id).relation
     kept = new if new in names else max(names, key=lambda name: int(name.split("_")[1]))
     for name in sorted(names - {kept}):

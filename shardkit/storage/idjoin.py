@@ -1,6 +1,6 @@
-"""The ids of a shard that joins: it must not number rows as another does, and gets numbers of its own first.
+"""The ids of a shard that joins, or comes back from an older state: it must not number rows as another does, or did.
 
-Driven by `storage.membership`, under the lease.
+Driven by `storage.membership` and `storage.readmission`, under the lease.
 """
 
 from __future__ import annotations
@@ -92,6 +92,21 @@ def enter(
         with transaction(newcomer, *change.OPENING):
             change.claim(newcomer, catalog.token or 0)
             restart(newcomer, of_column(newcomer, table, known.column), floor, known.stride, shard_id)
+
+
+def come_back(
+    catalog: Catalog, shards: ShardConnections, connection: Connection, topology: Topology, shard_id: int
+) -> None:
+    """Set the sequences of a shard that went back in time beyond what it numbered since, as far as the rows are on any
+    shard. Can be run again."""
+    for known in topology.splits:
+        found = of_column(connection, topology.by_table[known.schema, known.name], known.column)
+        highest = max(_highest_of(shards.get(shard), known, shard_id) for shard in topology.shards)
+        if highest <= found.given and not found.problems(known, shard_id):
+            continue
+        with transaction(connection, *change.OPENING):
+            change.claim(connection, catalog.token or 0)
+            restart(connection, found, max(highest, known.floor, found.given), known.stride, shard_id)
 
 
 def _highest_of(connection: Connection, known: Split, shard_id: int) -> int:

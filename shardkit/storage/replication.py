@@ -29,6 +29,7 @@ _PEER_PARAMETERS = (
     "port",
     "dbname",
     "user",
+    "target_session_attrs",
     "sslmode",
     "sslrootcert",
     "sslcert",

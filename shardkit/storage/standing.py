@@ -23,7 +23,10 @@ from .connections import Connection
 LOOKS = 100
 PAUSE = 0.05
 RESUME = "`shardkit rebalance resume` settles it."
-RESTORED = "The shard was restored or failed over to an older state: keep applications away, restore the newer state."
+RESTORED = (
+    "The shard was restored or failed over to an older state: keep applications away; restore a newer state, or "
+    "`shardkit shard readmit {}` brings it forward."
+)
 _FENCES = """
 SELECT (m[1])::bigint, m[2]
 FROM pg_class c CROSS JOIN LATERAL regexp_match(c.relname, '^fence_([0-9]+)_([0-9a-f]{8})$') m
@@ -187,7 +190,7 @@ def _fence(believed: Believed, shard: Shard, found: Seen) -> Judgement:
             return Judgement("fence", detail, RESUME)
         names = ", ".join(fence.relation for fence in found.fences) or "none"
         detail = f"{names} is there, but the catalog relies on {expected.relation}"
-        return Judgement("fence", detail, RESTORED)
+        return Judgement("fence", detail, RESTORED.format(shard.name))
     prefixes = {(version, digest[:8]) for version, digest in believed.known}
     strange = [fence.relation for fence in found.fences if (fence.version, fence.digest) not in prefixes]
     if strange:
@@ -204,7 +207,7 @@ def _copy(believed: Believed, shard: Shard, found: Seen) -> Judgement:
     version, digest, copy = found.copy_version, found.copy_digest, found.copy
     if version < shard.fence.version:
         detail = f"of topology {version}, but the shard took part in {shard.fence.version}"
-        return Judgement("copy", detail, RESTORED)
+        return Judgement("copy", detail, RESTORED.format(shard.name))
     newest = believed.proposed if found.newest == believed.fence_pending(shard) else None
     if version > (newest or believed.current).version:
         detail = f"of topology {version}, which the catalog does not know as current"
