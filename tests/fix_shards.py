@@ -65,10 +65,13 @@ class Shards:
     schema: str = SCHEMA
     _open: dict[str, Connection] = field(default_factory=dict)
 
-    def add(self, name: str, server: int | Cluster) -> Topology:
-        """One more shard, on a new database of a server; it owns nothing yet unless it is the first."""
+    def add(self, name: str, server: int | Cluster | str) -> Topology:
+        """One more shard, on a new database of a server, or the one of a URL; it owns nothing yet unless it is the
+        first."""
         if isinstance(server, int):
             url = self.fresh_database(server)
+        elif isinstance(server, str):
+            url = server
         else:
             url = server.create_database("app")
             url = server.url("app", tcp=True) if server.tcp else url
