@@ -109,19 +109,19 @@ def _told(gained: Gained) -> str:
 
 
 def look(catalog: Catalog, shards: ShardConnections, name: str) -> Lag:
-    """Compare a shard with the topology in force; changes nothing.
+    """Compare a shard with the topology in force; changes nothing. `RetryLater` where it has taken one that is pending.
 
     `CatalogBehind` where the catalog is the older one, `ShardBehind` where the shard's own state makes no sense, so
     that it is not known what it has; `IncompatibleServer` where the database is another's.
     """
-    believed = standing.believed(catalog)
-    if believed is None:
+    current = catalog.current()
+    if current is None:
         raise NotInitialised(
             "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
         )
+    connection = shards.get(current.named(name))
+    believed, found = standing.compared(catalog, current.named(name), connection)
     shard = believed.current.named(name)
-    connection = shards.get(shard)
-    found = standing.seen(connection)
     _require_own(believed, shard, found)
     _require_older(believed, shard, found)
     fences = tuple(each.relation for each in found.fences)
@@ -160,6 +160,12 @@ def _require_own(believed: Believed, shard: Shard, found: Seen) -> None:
 
 def _require_older(believed: Believed, shard: Shard, found: Seen) -> None:
     newest = found.newest
+    if newest is not None and newest == believed.fence_pending(shard):
+        raise RetryLater(
+            f"A change of topology is pending, and shard {shard.name} has taken it already.",
+            hint="Wait for the mover at work, if there is one; else `shardkit rebalance resume` settles it.",
+            shard=shard.name,
+        )
     if newest is not None and newest.version >= shard.fence.version and newest != shard.fence:
         raise CatalogBehind(
             f"Shard {shard.name} has the fence {newest.relation}, and the catalog relies on {shard.fence.relation}, "

@@ -29,7 +29,6 @@ _PEER_PARAMETERS = (
     "port",
     "dbname",
     "user",
-    "target_session_attrs",
     "sslmode",
     "sslrootcert",
     "sslcert",

@@ -37,9 +37,7 @@ _KNOWN = "SELECT version, digest FROM shardkit.topologies WHERE state <> 'imposs
 
 
 @contextmanager
-def still(
-    connection: Connection, *settings: tuple[str, str], writing: bool = False
-) -> Iterator[Connection]:
+def still(connection: Connection, *settings: tuple[str, str], writing: bool = False) -> Iterator[Connection]:
     """A transaction that sees one snapshot from its first statement to its last, with settings of its own; read-only
     unless it is ``writing``."""
     with connection.transaction():
@@ -152,20 +150,26 @@ class Judgement:
     next: str | None = None
 
 
-def examine(catalog: Catalog, shard: Shard, connection: Connection) -> list[Judgement]:
-    """Compare a shard with the catalog, one judgement a check; none of a shard that has left meanwhile."""
+def compared(catalog: Catalog, shard: Shard, connection: Connection) -> tuple[Believed, Seen]:
+    """What the catalog holds and what a shard holds, with no change of topology in between; `RetryLater`."""
     before = believed(catalog)
     for _ in range(LOOKS):
         found = seen(connection)
         after = believed(catalog)
         if before is not None and after is not None and before.same_topologies(after):
-            mine = after.current.by_id.get(shard.id)
-            if mine is None:
-                return []
-            return [_identity(after, mine, found), _fence(after, mine, found), _copy(after, mine, found)]
+            return after, found
         before = after
         time.sleep(PAUSE)
     raise RetryLater(f"The topology changes all the time, so shard {shard.name} could not be compared.")
+
+
+def examine(catalog: Catalog, shard: Shard, connection: Connection) -> list[Judgement]:
+    """Compare a shard with the catalog, one judgement a check; none of a shard that has left meanwhile."""
+    believed, found = compared(catalog, shard, connection)
+    mine = believed.current.by_id.get(shard.id)
+    if mine is None:
+        return []
+    return [_identity(believed, mine, found), _fence(believed, mine, found), _copy(believed, mine, found)]
 
 
 def _identity(believed: Believed, shard: Shard, found: Seen) -> Judgement:

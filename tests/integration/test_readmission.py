@@ -21,6 +21,7 @@ from shardkit.core.errors import (
     MoveWaiting,
     NoSuchShard,
     PreflightFailed,
+    RetryLater,
     RowsGone,
     ShardBehind,
     TopologyUnsettled,
@@ -354,6 +355,18 @@ def test_a_shard_that_is_behind_is_not_opened_beside_its_old_fence(
     assert fence.relations(shards.on("s2")) == {then.relation}
     readmit(shards.catalog_url, "s2")  # no row was there, on either side
     assert fence.relations(shards.on("s2")) == {shards.topology().by_id[1].fence.relation}
+
+
+def test_a_change_that_is_pending_is_not_taken_for_a_newer_shard(
+    make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_shards(2)
+    pending(shards, monkeypatch, opened=True)
+    for name in ("s1", "s2"):
+        with pytest.raises(RetryLater, match="pending"):
+            look(shards, name)
+    assert not readmit(shards.catalog_url, "s1").lag.is_behind
+    assert not look(shards, "s2").is_behind
 
 
 @pytest.mark.parametrize("moment", ["proposed", "closed"])
