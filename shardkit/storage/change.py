@@ -83,15 +83,20 @@ def apply(
     ``while_closed`` runs on the closing shard between lock and rename, ``on_open`` on each opening shard, both in the
     same transaction; they can be run twice. ``patience`` is the time in seconds after which a closing that never got
     its lock gives up with `MoveWaiting` and nothing changed. What ``while_closed`` raises passes through, and nothing
-    is changed either. With ``ahead`` the openings stand ready in transactions of their own before the lock is asked
-    for; a ``while_closed`` that claimed an opening shard would then wait for itself.
+    is changed either, nor where a shard went back in time (`ShardBehind`). With ``ahead`` the openings stand ready in
+    transactions of their own before the lock is asked for; a ``while_closed`` that claimed an opening shard would then
+    wait for itself.
     """
     settle(catalog, shards)  # another's change, perhaps: ``on_open`` is not meant for it
     current = catalog.current()
     proposal = make(current, catalog.next_version())
+    change = _Change(catalog, shards, current, proposal, on_open, report, clock)
+    for shard in change.opening:
+        names = fence.relations(shards.get(shard))
+        if current is not None and change.is_behind(shard.id, names):
+            raise _behind(current.by_id[shard.id], names)
     catalog.propose(proposal)
     failpoint("change.proposed")
-    change = _Change(catalog, shards, current, proposal, on_open, report, clock)
     if len(change.closing) > 1:
         raise AssertionError(
             f"a change that closes {len(change.closing)} shards cannot be decided by one commit"
@@ -214,6 +219,14 @@ def _token(catalog: Catalog) -> int:
     return catalog.token
 
 
+def _behind(shard: Shard, names: set[str]) -> ShardBehind:
+    found = ", ".join(sorted(names)) or "none"
+    return ShardBehind(
+        f"Shard {shard.name} has the fence {found}, but the catalog relies on {shard.fence.relation}.",
+        shard=shard.name,
+    )
+
+
 def _is_left(holder: fence.Holder) -> bool:
     """Whether a holder may be what a crash left of a transaction over several shards."""
     return indoubt.is_prepared_part(holder.gid) and holder.age_seconds >= indoubt.LIVE_SECONDS
@@ -297,11 +310,7 @@ class _Change:
             self.clock("locked")
             failpoint("change.locked")
             if not self.from_behind and not {shard.fence.relation, new} & names:
-                found = ", ".join(sorted(names)) or "none"
-                raise ShardBehind(
-                    f"Shard {shard.name} has the fence {found}, but the catalog relies on {shard.fence.relation}.",
-                    shard=shard.name,
-                )
+                raise _behind(shard, names)
             if fence.newest(names) > self.proposal.version:
                 # A catalog that was restored gives numbers out again, and then even names can be the same.
                 raise CatalogBehind(

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import psycopg
 import pytest
@@ -24,7 +25,6 @@ from shardkit.core.errors import (
     TopologyUnsettled,
 )
 from shardkit.core.move import Mode, Phase
-from shardkit.core.topology import Topology
 from shardkit.dev import Cluster
 from shardkit.dev.standby import Standby
 from shardkit.rebalance.mover import Mover
@@ -32,9 +32,9 @@ from shardkit.rebalance.progress import Listener, Progress
 from shardkit.rebalance.readmit import readmit
 from shardkit.rebalance.repair import repair
 from shardkit.rebalance.waiting import Interrupted
-from shardkit.storage import fence, standbys, standing
+from shardkit.storage import change, standbys, standing
 from shardkit.storage.catalog import Catalog
-from shardkit.storage.connections import Connection, value
+from shardkit.storage.connections import value
 from shardkit.storage.readmission import Where
 from tests.fix_postgres import NewCluster
 from tests.fix_shards import LEFTOVERS, MakeShards, Shards, fill, owner_of
@@ -273,15 +273,14 @@ def test_one_without_the_opening_has_every_row(
     build: Build, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = build("s2")
-    opens = fence.open_beside
+    follow = change._let_standbys_follow
 
-    def without_standby(connection: Connection, topology: Topology, shard_id: int) -> None:
-        if shard_id == 1 and topology.owned(1):
-            pair.standby.kill()
-        opens(connection, topology, shard_id)
+    def without_standby(*arguments: Any) -> None:
+        pair.standby.kill()  # between the decision and the opening
+        follow(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fence, "open_beside", without_standby)
+        patch.setattr(change, "_let_standbys_follow", without_standby)
         with pytest.raises(
             MoveWaiting, match=r"The deletion on shard s1 waits for standbys of shard s2: .*gone"
         ):

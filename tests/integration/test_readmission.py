@@ -340,6 +340,22 @@ def test_whether_a_closing_shard_decided_says_who_opened(
         assert catalog.proposed() is None
 
 
+def test_nothing_is_decided_in_favour_of_a_shard_that_is_behind(
+    make_shards: MakeShards, back_up: BackUp
+) -> None:
+    shards = make_shards(2)
+    backup = back_up(shards, "s2")
+    arcs = shards.topology().owned(0)
+    with shards.writer() as (catalog, connections):
+        apply(catalog, connections, lambda now, version: now.marked(version, 1, arcs))
+    backup.restore()
+    with shards.writer() as (catalog, connections):
+        with pytest.raises(ShardBehind, match="s2"):
+            apply(catalog, connections, lambda now, version: now.cut_over(version, 0, 1, arcs))
+        assert catalog.proposed() is None
+    assert shards.topology().owned(0) == arcs
+
+
 def test_a_shard_that_is_behind_is_not_opened_beside_its_old_fence(
     make_shards: MakeShards, back_up: BackUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +397,9 @@ def test_an_interrupted_readmission_is_done_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((change, "_close", lose) if moment == "proposed" else (Catalog, "record", lose)))
+        patch.setattr(
+            *((change._Change, "close", lose) if moment == "proposed" else (Catalog, "record", lose))
+        )
         if moment == "proposed":
             patch.setattr(change, "settle", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
