@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
+from shardkit.storage import readmission
+from shardkit.storage.catalog import Catalog
+from shardkit.storage.connections import ShardConnections
+from shardkit.storage.readmission import Lag
 from tests.acceptance.conftest import Program
 from tests.fix_backups import BackUp
 from tests.fix_shards import MakeShards, Shards, fill
@@ -83,3 +89,31 @@ def test_rows_that_are_gone(two: Shards, call: Program, back_up: BackUp) -> None
     assert done["next"] == "`shardkit verify` looks at every row."
     call("verify").ok()
     two.assert_clean()
+
+
+def test_killed_at_each_step_it_is_run_again(
+    two: Shards, call: Program, program: Program, back_up: BackUp
+) -> None:
+    backup = back_up(two, "s1")
+    two.move()
+    now = two.topology()
+    backup.restore()
+    readmit = ("shard", "readmit", "s1", "--yes")
+    for point in ("catalog.propose.committed", "change.locked", "closing.commit"):
+        assert program(*readmit, SHARDKIT_FAILPOINT=point).code == -signal.SIGKILL
+        assert two.topology() == now
+        assert look(two).is_behind
+    assert program(*readmit, SHARDKIT_FAILPOINT="closing.committed").code == -signal.SIGKILL
+    assert two.topology() == now  # decided, and not recorded
+    assert program("rebalance", "resume", SHARDKIT_FAILPOINT="catalog.record.commit").code == -signal.SIGKILL
+    with Catalog.open(two.catalog_url) as catalog:
+        assert catalog.proposed() is not None
+    assert "interrupted change of topology is settled" in call("rebalance", "resume").ok().out
+    assert not look(two).is_behind
+    call("verify", "--repair", "--yes").ok()
+    two.assert_clean()
+
+
+def look(shards: Shards) -> Lag:
+    with Catalog.open(shards.catalog_url) as catalog, ShardConnections() as connections:
+        return readmission.look(catalog, connections, "s1")
