@@ -99,7 +99,13 @@ class LockedCopier:
         run = self._run
         topology = run.topology()
         preflight.check(
-            topology, run.source_shard, run.target_shard, run.shards, Mode.LOCKED, back=run.keeps_source
+            topology,
+            run.source_shard,
+            run.target_shard,
+            run.shards,
+            Mode.LOCKED,
+            back=run.keeps_source,
+            in_force=True,
         )
         if not topology.by_id[run.row.target].in_transit.issuperset(run.row.arcs):
             run.patiently_change(lambda now, version: now.marked(version, run.row.target, run.row.arcs))

@@ -70,7 +70,13 @@ class LogicalCopier:
             run.way_back.drop()
         self._enter_room()
         preflight.check(
-            topology, run.source_shard, run.target_shard, run.shards, Mode.LOGICAL, back=run.keeps_source
+            topology,
+            run.source_shard,
+            run.target_shard,
+            run.shards,
+            Mode.LOGICAL,
+            back=run.keeps_source,
+            in_force=True,
         )
         with run.around.fitting:
             for table in run.tables:

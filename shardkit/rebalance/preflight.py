@@ -40,18 +40,21 @@ def check(
     mode: Mode = Mode.AUTO,
     *,
     back: bool = False,
+    in_force: bool = False,
 ) -> None:
     """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target`` in this mode, and,
-    if the source is to be kept, why they could not go ``back``."""
+    if the source is to be kept, why they could not go ``back``. A topology that is not ``in_force`` yet may have fences
+    that no shard has."""
     here, there = shards.get(source), shards.get(target)
     if mode is Mode.AUTO:
         mode = Mode.LOGICAL if servers.replicates_logically(here) else Mode.LOCKED
     replicated = mode is Mode.LOGICAL
     reasons: list[str] = []
+    planned = None if in_force else topology.version
     for shard, connection in ((source, here), (target, there)):
         reasons += [f"shard {shard.name}: {reason}" for reason in server_problems(connection)]
         reasons += [f"shard {shard.name}: {reason}" for reason in _doubtful(connection)]
-        reasons += [f"shard {shard.name}: {reason}" for reason in _behind(shard, connection)]
+        reasons += [f"shard {shard.name}: {reason}" for reason in _behind(shard, connection, planned)]
     if replicated:
         need = spare.Need.of(there, len(topology.tables))
         reasons += [f"shard {source.name}: {reason}" for reason in _sender(here, need)]
@@ -120,8 +123,11 @@ def check_tables(
         )
 
 
-def _behind(shard: Shard, connection: Connection) -> list[str]:
-    """That it went back in time. One that is about to join has no fence yet, or those of another number."""
+def _behind(shard: Shard, connection: Connection, planned: int | None) -> list[str]:
+    """That it went back in time. One that is about to join has no fence yet, or those of another number; fences of the
+    version that is only ``planned`` nobody has."""
+    if shard.fence.version == planned:
+        return []
     claim, found = claims.read(connection), standing.fences(connection)
     if claim is None or claim.shard_id != shard.id or not found or found[-1].version >= shard.fence.version:
         return []

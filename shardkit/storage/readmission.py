@@ -25,7 +25,7 @@ from shardkit.core.errors import (
     ShardBehind,
 )
 from shardkit.core.keyrange import ArcSet
-from shardkit.core.move import FINAL
+from shardkit.core.move import FINAL, Phase
 from shardkit.core.topology import HomeTable, Shard, ShardedTable, Topology
 
 from . import change, claims, digest, fence, idjoin, references, replication, sourceguard, standing, tables
@@ -140,7 +140,7 @@ def look(catalog: Catalog, shards: ShardConnections, name: str) -> Lag:
         fences,
         returned,
         {str(table): rows for table in now.tables if (rows := _count(connection, table, returned))},
-        list(_gained(now, then, shards, shard, gained)),
+        list(_gained(believed, then, shards, shard, gained)),
     )
 
 
@@ -231,16 +231,33 @@ def _count(connection: Connection, table: ShardedTable, arcs: ArcSet) -> int:
 
 
 def _gained(
-    now: Topology, then: Topology, shards: ShardConnections, shard: Shard, gained: ArcSet
+    believed: Believed, then: Topology, shards: ShardConnections, shard: Shard, gained: ArcSet
 ) -> Iterator[Gained]:
     """Where the rows are of what came since: first what another shard holds in transit, then what nobody holds."""
-    for other in now.shards if gained else ():
-        if other.id != shard.id and (arcs := gained & other.in_transit):
+    now = believed.current
+    for other in now.shards:
+        if other.id == shard.id:
+            continue
+        if arcs := (gained | _came_back(believed, then, shard, other)) & other.in_transit:
             gained -= arcs
             yield _compared(now, shards, shard, other, arcs)
     for owner in then.shards if gained else ():
         if arcs := gained & then.owned(owner.id):
             yield Gained(owner.name, arcs, Where.GONE, {}, {})
+
+
+def _came_back(believed: Believed, then: Topology, shard: Shard, other: Shard) -> ArcSet:
+    """Arcs that the shard owned then, and had given away and got back since from one that has not purged them yet: its
+    rows are the newer ones."""
+    arcs = ArcSet()
+    for row in believed.unfinished:
+        if {row.source, row.target} == {shard.id, other.id}:
+            # In transit on the other one before the decision, too; then it is not the one that had them.
+            decided = row.target == shard.id or row.phase in (Phase.CUT_BACK, Phase.CLEARING)
+            arcs |= row.arcs if decided else ArcSet()
+    before = then.by_id.get(other.id)
+    as_then = then.owned(shard.id) & before.in_transit if before is not None else ArcSet()
+    return (arcs & believed.current.owned(shard.id)) - as_then
 
 
 def _compared(now: Topology, shards: ShardConnections, shard: Shard, other: Shard, arcs: ArcSet) -> Gained:

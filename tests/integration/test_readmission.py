@@ -28,6 +28,7 @@ from shardkit.core.errors import (
 )
 from shardkit.core.move import Mode, Phase
 from shardkit.core.topology import ReferenceTable, ShardedTable, Topology
+from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.progress import Progress
 from shardkit.rebalance.readmit import readmit
 from shardkit.rebalance.repair import repair
@@ -246,6 +247,31 @@ def test_rows_that_the_old_owner_still_has_are_not_purged_there(two: Shards, bac
     two.resume()
     two.assert_clean()
     assert count(two) == USERS
+
+
+def test_rows_that_went_and_came_again_are_newer_where_they_were(two: Shards, back_up: BackUp) -> None:
+    backup = back_up(two, "s1")
+    two.move(Mode.LOCKED)
+    moved = two.topology().owned(1)
+    key = key_on(two, "s2")
+    two.on("s2").execute("UPDATE public.users SET name = 'newer' WHERE id = %s", (key,))
+    stop = threading.Event()
+    watch = at(Phase.CUT_OVER, stop.set)
+    with Mover(two.catalog_url, patience=30.0, listener=watch, stop=stop) as mover:
+        mover.start("rebalance", {0: 1, 1: 0}, Mode.LOGICAL)
+        with pytest.raises(Interrupted):
+            mover.run()
+    assert two.topology().owned(0).issuperset(moved)
+    backup.restore()
+    (gained,) = look(two, "s1").gained
+    assert (gained.owner, gained.where, gained.arcs) == ("s2", Where.THERE, moved)
+    with pytest.raises(RowsGone, match="has them still"):
+        readmit(two.catalog_url, "s1")
+    two.on("s1").execute("UPDATE public.users SET name = 'newer' WHERE id = %s", (key,))
+    readmit(two.catalog_url, "s1")
+    two.resume()
+    two.assert_clean()
+    assert name_of(two, key) == "newer"
 
 
 # --- a move under way -----------------------------------------------------------------------------------------------
