@@ -1,8 +1,9 @@
 """A move against a raw pipe, ``COPY .. TO STDOUT`` into ``COPY .. FROM STDIN``, of the same rows in the same run.
 
 Each trial pipes the rows that are planned to move into a table beside the target, then moves them. What is compared is
-the time until the target holds the rows; that until the move is done, verification and purge included, and the pause
-of the cutover are printed beside it. Everything measured is written to ``benchmarks/results/``.
+the time until the target holds the rows, in all of its indexes; that until the move is done, verification and purge
+included, and the pause of the cutover are printed beside it. Everything measured is written to
+``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def trial(servers: Clusters, mode: Mode, rows: int, number: int) -> list[Trial]:
                 job = mover.run()
                 move_seconds = time.perf_counter() - began
                 (row,) = mover.catalog.transfers(job.id)
-            copy_seconds, pause = row.record["copy_seconds"], row.record["pause_ms"]["total"]
+            # Where the target is empty, its secondary indexes are built after the copy; the pipe fills them as it goes.
+            copy_seconds = row.record["copy_seconds"] + row.record.get("index_seconds", 0.0)
+            pause = row.record["pause_ms"]["total"]
             made.append(Trial(mode.value, what, carried, pipe_seconds, copy_seconds, move_seconds, pause))
     for server, url in zip((0, 0, 1, 1), urls, strict=True):
         servers[server].drop_database(make_url(url).database or "")

@@ -50,6 +50,8 @@ LEFTOVERS = {
     "opened": "SELECT transfer_id FROM shardkit.opened",
     "identities": "SELECT relation FROM shardkit.replica_identity",
     "indexes": "SELECT relname FROM pg_class WHERE relname ~ '^shardkit_'",
+    "set aside": "SELECT name FROM shardkit.set_aside",
+    "unfinished": "SELECT indexrelid::regclass FROM pg_index WHERE NOT indisvalid",
     "locks": "SELECT relation::regclass FROM pg_locks l JOIN pg_class c ON c.oid = l.relation "
     "WHERE c.relname ~ '^fence_' AND c.relnamespace = 'shardkit'::regnamespace AND l.pid <> pg_backend_pid()",
 }

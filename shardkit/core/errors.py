@@ -368,6 +368,14 @@ class ReplicationFailed(Refused):
     """
 
 
+class IndexNotBuilt(Refused):
+    """An index that was set aside for a copy could not be built again.
+
+    The server's reason is above: mend it, then `shardkit rebalance resume`. Or create the index there as you want it
+    and delete its row from `shardkit.set_aside`.
+    """
+
+
 class DemoFailed(ShardkitError):
     """The demo found a difference between what was acknowledged and what the shards hold.
 

@@ -92,6 +92,7 @@ class LogicalCopier:
                 run.waits.with_lock_retries(f"the trigger on {table}", shard, install, table)
         if run.keeps_source:
             run.way_back.refuse_what_is_not_carried()
+        run.indexes.set_aside()
         identities = run.identities()
         rows, size = self._estimate()
         run.catalog.forget(run.row.id, "copy_began")
@@ -206,10 +207,11 @@ class LogicalCopier:
         return Event.COPIED
 
     def catch_up(self) -> Event:
-        """Until the target is less than `SMALL_LAG` behind."""
+        """Until the target's indexes are back, and it is less than `SMALL_LAG` behind."""
         self._stay_in_room()
         if not self._same_servers():
             return Event.SERVER_CHANGED
+        self._run.indexes.put_back(self.stream.attend_to)
         if self._run.keeps_source:
             self._run.way_back.stream.publish()
         self.stream.catch_up()

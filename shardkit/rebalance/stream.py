@@ -198,6 +198,12 @@ class Stream:
             replication.set_enabled(self.subscriber, self.name, True)
         return state
 
+    def attend_to(self) -> None:
+        """See to it that it runs, while something else is done that takes long."""
+        self.state()
+        self.require_slot()
+        self.require_budget()
+
     def held_up(self, state: replication.CopyState, seconds: float) -> bool:
         """Whether no table is being copied, which is so for a moment between two; tells the reason, and loses patience
         with it."""

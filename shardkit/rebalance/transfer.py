@@ -26,6 +26,7 @@ from shardkit.storage.failpoints import failpoint
 
 from .clearing import Clearing
 from .followers import Followers
+from .indexes import Indexes
 from .limits import Limits
 from .locked import LockedCopier
 from .logical import LogicalCopier
@@ -73,6 +74,7 @@ class TransferRun:
         self.track = Tracker(row.id, self.source_shard.name, self.target_shard.name, row.phase, listener)
         self.waits = Waits(row.id, around, self.catalog, self.probes, self.track)
         self.clearing = Clearing(self)
+        self.indexes = Indexes(self)
         self.followers = Followers(self)
         self.copier = self._chosen_copier()
         self.way_back = WayBack(self)
@@ -294,5 +296,6 @@ class TransferRun:
                 lambda now, version: now.unmarked(version, self.row.target, self.row.arcs),
                 self.around.patience,
             )
+        self.indexes.put_back()
         self.copier.stand_down()
         return Event.UNDONE

@@ -18,6 +18,7 @@ from shardkit.storage import change, indoubt, inspection, replication
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 
+from .indexes import Indexing
 from .progress import Listener, Tracker
 from .room import Room
 
@@ -29,7 +30,7 @@ class Interrupted(Exception):
 @dataclass(frozen=True)
 class Surroundings:
     """What the transfers of a job share: the catalog, the lease, the stop, the room on servers, and what only one does
-    at a time: change the topology, fit replica identities."""
+    at a time: change the topology, fit replica identities, see to the indexes of a shard."""
 
     catalog_url: str
     token: int
@@ -39,6 +40,7 @@ class Surroundings:
     patience: float
     fitting: threading.Lock = field(default_factory=threading.Lock)
     room: Room = field(default_factory=Room)
+    indexing: Indexing = field(default_factory=Indexing)
 
     def pause(self, seconds: float) -> None:
         """Wait, or raise `Interrupted` at once when the operator stops the mover."""
@@ -69,10 +71,14 @@ class Waits:
         act: Callable[[], None],
         locks: ShardedTable | None = None,
         against: inspection.Against = inspection.Against.WRITERS,
+        *,
+        patience: float | None = None,
     ) -> None:
         """Repeat DDL that gives up its lock soon, so that applications never queue behind it for long; nor at all while
-        a transaction that lasts holds the table which it ``locks``."""
-        deadline = time.monotonic() + self.around.patience
+        a transaction that lasts holds the table which it ``locks``. `MoveWaiting` when the ``patience``, in seconds,
+        ends; the building of an index by another transfer is no trial of it."""
+        patience = self.around.patience if patience is None else patience
+        deadline = time.monotonic() + patience
         pause = 0.02
         while True:
             blocker = None
@@ -86,23 +92,36 @@ class Waits:
                     blocker = replication.oldest_writer(self.probes.get(shard)) or "a session that reads"
             self.recover_doubtful(shard)
             self.tell(f"{what} on shard {shard.name} waits for {blocker}")
+            if self.around.indexing.is_building(shard.id):
+                deadline = time.monotonic() + patience
             if time.monotonic() > deadline:
                 raise MoveWaiting(f"{what} on shard {shard.name} could not get its lock: {blocker}.")
             self.around.pause(pause)
             pause = min(pause * 1.5, 1.0)
 
-    def looking_after(self, what: str, shard: Shard, pid: int) -> Callable[[], None]:
+    def looking_after(
+        self, what: str, shard: Shard, pid: int, working: Callable[[], str] | None = None
+    ) -> Callable[[], None]:
         """What to do, again and again, while backend ``pid`` of a shard makes something: tell whom it waits for, and
-        lose patience with that."""
+        lose patience with that, unless it is a copy of rows that goes on. While it waits for nobody, what it is
+        ``working`` at is told."""
         blocked_since: float | None = None
+        copied: int | None = None
 
         def look() -> None:
-            nonlocal blocked_since
+            nonlocal blocked_since, copied
             self.around.pause(0)
             blocker = replication.blocker(self.probes.get(shard), pid)
             if blocker is None:
                 blocked_since = None
+                if working is not None:
+                    self.tell(working())
                 return
+            so_far = replication.copied_by_blockers(self.probes.get(shard), pid)
+            if so_far is not None:
+                blocker = "the rows that another transfer copies to it"
+                if so_far != copied:
+                    blocked_since, copied = None, so_far
             blocked_since = blocked_since or time.monotonic()
             self.recover_doubtful(shard)
             self.tell(f"{what} waits for {blocker}")

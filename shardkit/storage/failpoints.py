@@ -43,6 +43,15 @@ STEPS, STEPS_OF_LOCKED = (
 )
 ENDS_OF_PHASES = tuple(f"{phase}.{edge}" for phase in _PHASES for edge in ("begin", "end"))
 BATCHES = tuple(f"{phase.value}.batch" for phase in (Phase.PREPARING, Phase.PURGING, Phase.ABORTING))
+EMPTY_TARGET = (
+    *(
+        f"{step}.{edge}"
+        for step in ("set_aside", "build_set_aside", "drop_unfinished", "put_back")
+        for edge in ("commit", "committed")
+    ),
+    "put_back.before", "put_back.after",
+)  # fmt: skip
+"""What a move passes besides whose target has nothing yet."""
 BETWEEN = (
     "copying.published", "copying.slot", "copying.subscribed", "copying.poll", "drop.subscription", "drop.slot",
     "cutting over.before decision", "cutting over.before opening", "change.proposed", "change.locked",
@@ -92,7 +101,9 @@ TWO_PHASE = (
     "two_phase.finishing", "two_phase.finished", "two_phase.forgotten",
 )  # fmt: skip
 """What a transaction over several shards passes."""
-POINTS = frozenset((*MOVE, *LOCKED, *BACK, *ASIDE, *JOIN, *PLACEMENT, *READMISSION, *IDS, *TWO_PHASE))
+POINTS = frozenset(
+    (*MOVE, *EMPTY_TARGET, *LOCKED, *BACK, *ASIDE, *JOIN, *PLACEMENT, *READMISSION, *IDS, *TWO_PHASE)
+)
 
 _armed = ""
 _times = 1

@@ -11,8 +11,10 @@ from uuid import UUID
 
 from psycopg import sql
 
+from . import setaside
 from .change import claim
 from .connections import SHORT, Connection, transaction
+from .setaside import SetAside
 
 _REMOVING = (*SHORT, ("lock_timeout", "50ms"), ("synchronous_commit", "on"))
 """As in a cutover: so long, at most, applications queue behind DDL."""
@@ -23,7 +25,8 @@ class Leftover:
     """A thing of a move, and the SQL that removes it.
 
     ``transfer`` is the transfer that it is named after; None for what a whole job makes, or where the name tells none.
-    ``foreign`` says that it bears the name of another cluster.
+    ``foreign`` says that it bears the name of another cluster; ``index`` is set where an index is missing that was set
+    aside, and is put back.
     """
 
     what: str
@@ -31,6 +34,7 @@ class Leftover:
     transfer: int | None
     foreign: bool
     of_job: bool = False
+    index: SetAside | None = None
 
 
 # Each returns: what it is, the first digits of the cluster's id or null, the transfer's id or null, the remedy.
@@ -127,6 +131,17 @@ def things(connection: Connection, cluster: UUID) -> list[Leftover]:
         for query in _OF_JOBS
         for what, remedy in connection.execute(sql.SQL(query))
     ]
+    found += [
+        Leftover(
+            f"note of the index {index}, set aside for a copy",
+            setaside.remedy(connection, index),
+            None,
+            foreign=False,
+            of_job=True,
+            index=index,
+        )
+        for index in setaside.noted(connection)
+    ]
     return found
 
 
@@ -144,6 +159,9 @@ def remove(connection: Connection, left: Leftover, token: int) -> None:
 
     ``psycopg.errors.LockNotAvailable`` where a table is in use, ``ObjectInUse`` where a slot is.
     """
+    if left.index is not None:
+        setaside.put_back(connection, left.index, token)
+        return
     statement = left.remedy.encode()  # made by the server, with every name quoted
     if not left.remedy.startswith("DROP INDEX CONCURRENTLY"):
         with transaction(connection, *_REMOVING):

@@ -222,6 +222,22 @@ def blocker(connection: Connection, pid: int | None) -> str | None:
     return _session(blocking, user, application, age, query)
 
 
+def copied_by_blockers(connection: Connection, pid: int) -> int | None:
+    """Rows that subscriptions have copied so far into the tables they begin with, where backend ``pid`` waits for them;
+    None if it does not."""
+    found = value(
+        connection,
+        """
+        SELECT coalesce(sum(p.tuples_processed), 0)::bigint FROM pg_stat_subscription s
+        LEFT JOIN pg_stat_progress_copy p ON p.pid = s.pid
+        WHERE s.relid IS NOT NULL AND s.pid = ANY(pg_blocking_pids(%s))
+        HAVING count(*) > 0
+        """,
+        (pid,),
+    )
+    return None if found is None else int(found)
+
+
 def oldest_writer(source: Connection) -> str | None:
     """The transaction that slot creation waits for, in words."""
     row = source.execute(

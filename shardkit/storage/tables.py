@@ -61,6 +61,8 @@ class Column:
 class Table:
     """A table as the server describes it. ``constraints`` and ``indexes`` are definitions without names.
 
+    An index that is set aside (`storage.setaside`) is one of its indexes.
+
     A primary key that is DEFERRABLE identifies no row while rows are carried: ``primary_key`` is empty then, and
     ``deferrable_key`` true.
 
@@ -92,7 +94,8 @@ class Table:
 
 _TABLE = """
 SELECT c.oid, c.relkind::text, c.relpersistence::text, c.relreplident::text, c.reltuples::float8,
-       coalesce((SELECT sum(pg_table_size(relid)) FROM pg_partition_tree(c.oid)), pg_table_size(c.oid))::bigint
+       coalesce((SELECT sum(pg_table_size(relid)) FROM pg_partition_tree(c.oid)), pg_table_size(c.oid))::bigint,
+       to_regclass('shardkit.set_aside') IS NOT NULL
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %s AND c.relname = %s AND c.relkind IN ('r', 'p', 'f', 'v', 'm')
 """
@@ -118,6 +121,7 @@ SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.reln
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
+_SET_ASIDE = "SELECT definition, quote_ident(name) FROM shardkit.set_aside WHERE (schema, relation) = (%s, %s)"
 
 
 def describe(connection: Connection, table: DeclaredTable) -> Table | None:
@@ -125,7 +129,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     found = connection.execute(_TABLE, (table.schema, table.name)).fetchone()
     if found is None:
         return None
-    oid, kind, persistence, identity, estimate, size = found
+    oid, kind, persistence, identity, estimate, size, is_shard = found
     columns = tuple(Column(*row) for row in connection.execute(_COLUMNS, (oid,)))
     constraints = frozenset(row[0] for row in connection.execute(_CONSTRAINTS, (oid,)))
     indexes: set[str] = set()
@@ -143,6 +147,8 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
             primary_key = tuple(names)
         if replica_identity or (identity == "d" and primary):
             identity_columns = frozenset(names)
+    for definition, name in connection.execute(_SET_ASIDE, (table.schema, table.name)) if is_shard else ():
+        indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
     if identity == "f":
         identity_columns = frozenset(column.name for column in columns)
     return Table(

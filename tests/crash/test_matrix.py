@@ -124,7 +124,7 @@ def _cells() -> Iterator[tuple[str, Event]]:
         yield point, SILENT_LONG
     for point in STREAMING:
         yield point, PEERS_LONG
-    for point in failpoints.BACK:
+    for point in (*failpoints.BACK, *failpoints.EMPTY_TARGET):
         for event in EVENTS:
             yield point, event
     for point in (*failpoints.LOCKED, *LOCKED_TOO):
@@ -143,12 +143,13 @@ USUAL = (
     ("delete_rows.commit", "source cut off"),
     ("cutting back.before opening", "target killed"),
     ("locked.receive.committed:2", "SIGKILL, abort"),
+    ("put_back.after", "target killed"),
 )
 
 
 def test_every_point_of_a_move_is_in_the_matrix() -> None:
     points = {point.removeprefix(IN_STEPS).partition(":")[0] for point, _ in CELLS}
-    assert points == {*failpoints.MOVE, *failpoints.LOCKED, *failpoints.BACK}
+    assert points == {*failpoints.MOVE, *failpoints.EMPTY_TARGET, *failpoints.LOCKED, *failpoints.BACK}
     elsewhere = (failpoints.ASIDE, failpoints.JOIN, failpoints.PLACEMENT, failpoints.IDS)
     assert points.union(*elsewhere, failpoints.TWO_PHASE) == failpoints.POINTS
 
@@ -208,6 +209,8 @@ def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def run(world: World, point: str, event: Event) -> None:
     """Bring a mover to the point, let the event happen, see to it that the job ends, and look."""
     weights, source, target = world.next_weights()
+    if point in failpoints.EMPTY_TARGET:
+        world.act("move", weights={shard: int(shard != world.topology.named(target).id) for shard in weights})
     before = world.topology
     mode = Mode.LOCKED if point.startswith((IN_STEPS, "locked.")) else Mode.LOGICAL
     point = point.removeprefix(IN_STEPS)
@@ -273,6 +276,12 @@ def bring_near(world: World, point: str, target: str, goal: dict[str, Any]) -> s
         return "abort"
     if point.startswith(("settling.", "catalog.discard.")):
         world.until_killed("move", "change.proposed:2", **goal)
+        return "resume"
+    if point.startswith("drop_unfinished."):
+        world.until_killed("move", "put_back.after", **goal)
+        world.shards.on(target).execute(
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'public.badge_account'::regclass"
+        )
         return "resume"
     if point.startswith("enable_subscription."):
         world.until_killed("move", "copying.subscribed", **goal)

@@ -268,7 +268,7 @@ def test_a_server_that_prepares_nothing(kind: Kind, sharded: ShardedCluster, new
 def test_a_shard_of_an_older_shardkit(sharded: ShardedCluster, both: Both, keys: list[int]) -> None:
     """It is told, and `shardkit init` brings the shards up to date."""
     admin = sharded.admin("s0")
-    admin.execute("DROP TABLE shardkit.decision, shardkit.opened")
+    admin.execute("DROP TABLE shardkit.decision, shardkit.opened, shardkit.set_aside")
     admin.execute(
         "UPDATE shardkit.alembic_version SET version_num = 'shard_0001' WHERE version_num ~ '^shard_'"
     )

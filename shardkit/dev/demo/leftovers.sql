@@ -27,3 +27,5 @@ UNION ALL
 SELECT 'note of a written key', key FROM shardkit.changed
 UNION ALL
 SELECT 'replica identity', relation FROM shardkit.replica_identity
+UNION ALL
+SELECT 'index that was set aside', name FROM shardkit.set_aside
