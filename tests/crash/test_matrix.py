@@ -210,7 +210,7 @@ def run(world: World, point: str, event: Event) -> None:
     """Bring a mover to the point, let the event happen, see to it that the job ends, and look."""
     weights, source, target = world.next_weights()
     if point in failpoints.EMPTY_TARGET:
-        world.act("move", weights={shard: int(shard != world.topology.named(target).id) for shard in weights})
+        drain(world, target)
     before = world.topology
     mode = Mode.LOCKED if point.startswith((IN_STEPS, "locked.")) else Mode.LOGICAL
     point = point.removeprefix(IN_STEPS)
@@ -243,6 +243,14 @@ def run(world: World, point: str, event: Event) -> None:
 
     check_outcome(world)
     world.check(allowed)
+
+
+def drain(world: World, name: str) -> None:
+    """Leave nothing on a shard; an abort may have left it so."""
+    topology = world.topology
+    drained = topology.named(name).id
+    if topology.owned(drained):
+        world.act("move", weights={shard.id: int(shard.id != drained) for shard in topology.shards})
 
 
 def concerns(world: World, failure: Failure, server: str) -> bool:
