@@ -13,8 +13,8 @@ from psycopg import sql
 from shardkit.core.keyrange import Arc, ArcSet
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
-from shardkit.storage import change, membership
-from shardkit.storage.connections import connect
+from shardkit.storage import change, membership, setaside
+from shardkit.storage.connections import connect, value
 from tests.acceptance.conftest import Program
 from tests.fix_shards import MakeShards, Shards
 from tests.sharded import until
@@ -96,6 +96,20 @@ def test_leftovers_of_a_move_and_their_removal(two: Shards, call: Program) -> No
         if each["check"] == "leftovers":
             for statement in each["next"].split("; "):
                 two.on(each["subject"]).execute(statement)
+    assert problems(call) == []
+    two.assert_clean()
+
+
+def test_an_index_that_a_lost_move_set_aside(two: Shards, call: Program) -> None:
+    for name in ("s1", "s2"):
+        two.on(name).execute("CREATE INDEX posts_body ON public.posts (body)")
+    target = two.on("s2")
+    setaside.set_aside(target, two.tables[0], value(target, "SELECT token FROM shardkit.mover"))
+    (found,) = problems(call)
+    assert (found["subject"], found["check"]) == ("s2", "leftovers")
+    assert found["detail"].startswith("note of the index public.posts_body, set aside for a copy")
+    for statement in found["next"].split("; "):
+        target.execute(statement)
     assert problems(call) == []
     two.assert_clean()
 
