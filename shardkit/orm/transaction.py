@@ -282,9 +282,9 @@ class ShardTransaction:
 
     def _after(self, stale: StaleFence, topology: Topology, waiting: Waiting) -> Topology:
         """What to try next: a newer topology, or the same again where the router is ahead of the shard."""
-        # Keys are on their way to a shard that has an older topology. The catalog, which has it later than the shards,
+        # Keys are on their way to a shard that has an older topology, or took this one meanwhile. The catalog, later,
         # knows no more; it would be asked by every session that waits.
-        opens = stale.copy is not None and stale.copy.version < topology.version
+        opens = stale.copy is not None and stale.copy.version <= topology.version
         newer = self._cluster.router.newer_than(
             topology.version, self._engines, stale.copy, ask=not (opens and waiting.is_brief)
         )
