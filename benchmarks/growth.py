@@ -34,12 +34,14 @@ from shardkit.storage import membership
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections, connect, value
 
+from . import documents
+
 RESULTS = Path(__file__).parent / "results"
 CHANGES_A_TRANSFER = 3
 """Topologies that a transfer makes: marked, cut over, unmarked."""
 FIRST, LAST = "one by one to 64", "{}, fifty times one in ten reweighted"
 """The scenarios whose last topology is measured as a router and a catalog have it."""
-MARKS = ("<!-- figures: made by `python -m benchmarks.growth --docs` -->", "<!-- end of figures -->")
+COMMAND = "python -m benchmarks.growth --docs"
 VACUUM_EACH = 25
 BAR_MS = 100
 """The most CPU time that a plan for 1,000 shards may take."""
@@ -356,28 +358,6 @@ def shown(columns: Mapping[str, Callable[[T], str]], rows: Iterable[T]) -> list[
     return [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
 
 
-def aligned(table: list[list[str]]) -> str:
-    """For a terminal."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
-    for line, row in zip(lines, table, strict=True):
-        line[0] = row[0].ljust(widths[0])
-    return "\n".join("  ".join(line) for line in lines)
-
-
-def markdown(table: list[list[str]]) -> str:
-    """For a document."""
-    rows = [table[0], ["---", *("--:" for _ in table[0][1:])], *table[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def replace_between_marks(document: Path, text: str) -> None:
-    """Put ``text`` where the figures of a document are."""
-    before, rest = document.read_text().split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    document.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--shards", type=int, default=1000, help="shards of the largest cluster")
@@ -393,21 +373,18 @@ def main() -> int:
         measured, server = kept(growth.topology, options.changes)
         held.append(measured)
     tables = [shown(COLUMNS, rows), shown(ROUTER_COLUMNS, routers), shown(KEPT_COLUMNS, held)]
-    print("\n\n".join(map(aligned, tables)))
+    print("\n\n".join(map(documents.aligned, tables)))
     machine = {
         "python": platform.python_version(),
         "postgresql": server,
         "ring": IMPLEMENTATION,
         "machine": platform.machine(),
-        "processor": processor(),
+        "processor": documents.processor(),
         "cores": os.cpu_count(),
     }
     if options.docs is not None:
-        said = (
-            f"Measured on: {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, PostgreSQL "
-            f"{server}, the ring in {machine['ring']}."
-        )
-        replace_between_marks(options.docs, "\n\n".join([said, *map(markdown, tables)]))
+        said = documents.measured(f"PostgreSQL {server}", f"the ring in {IMPLEMENTATION}")
+        documents.put(options.docs, COMMAND, said, *map(documents.markdown, tables))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"growth-{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
     parts = {"rows": rows, "routers": routers, "catalogs": held}
@@ -426,17 +403,6 @@ def main() -> int:
         if which:
             print(f"{what}: {'; '.join(which)}.", file=sys.stderr)
     return 1 if missed else 0
-
-
-def processor() -> str:
-    """The name of the processor, where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, ShardConnections, connect, value
 from shardkit.storage.predicate import within
 
+from . import documents
+
 RESULTS = Path(__file__).parent / "results"
+COMMAND = "python -m benchmarks.move --docs"
 SCHEMA = """
 CREATE TABLE public.posts (
     user_id bigint NOT NULL,
@@ -132,6 +135,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=400_000, help="rows on the source")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--modes", nargs="+", type=Mode, default=[Mode.LOGICAL, Mode.LOCKED])
+    parser.add_argument("--docs", type=Path, help="replace the table in this document")
     options = parser.parse_args()
     os.environ[ALLOW_FSYNC_OFF] = "1"
     trials: list[Trial] = []
@@ -144,14 +148,24 @@ def main() -> int:
                 trials += trial(servers, mode, options.rows, len(trials))
                 print(f"trial {number + 1} of {options.trials}, {mode}", file=sys.stderr)
     rows = summary(trials)
-    print(
-        f"{'':<8} {'target':<16} {'rows':>8} {'copy rows/s':>12} {'of the pipe':>12} {'move s':>7} {'pause ms':>9}"
-    )
-    for row in rows:
-        print(
-            f"{row['mode']:<8} {row['target']:<16} {row['rows']:>8,} {row['rows_per_second']:>12,.0f} "
-            f"{row['ratio']:>12.2f} {row['move_seconds']:>7.2f} {row['pause_ms']:>9.1f}"
-        )
+    table = [
+        ["mode and target", "rows", "copied rows/s", "of the pipe", "move, s", "pause, ms"],
+        *(
+            [
+                f"{row['mode']}, {row['target']}",
+                f"{row['rows']:,}",
+                f"{row['rows_per_second']:,.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['move_seconds']:.2f}",
+                f"{row['pause_ms']:.1f}",
+            ]
+            for row in rows
+        ),
+    ]
+    print(documents.aligned(table))
+    if options.docs is not None:
+        said = f"{documents.measured(f'PostgreSQL {server}')} Medians of {options.trials} trials."
+        documents.put(options.docs, COMMAND, said, documents.markdown(table))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"move-{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
     machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}

@@ -37,7 +37,10 @@ from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage.connections import connect, value
 from tests.sharded import ShardedCluster, User
 
+from . import documents
+
 RESULTS = Path(__file__).parent / "results"
+COMMAND = "python -m benchmarks.pause --docs"
 EACH_SECONDS = 0.001
 BOUNDS_MS = (1, 2, 5, 10, 20, 50, 100)
 POSTS = 5
@@ -180,9 +183,8 @@ def histogram(latencies: Sequence[float]) -> list[int]:
     return counts
 
 
-def report(mode: Mode, moves: Sequence[Move]) -> None:
-    """Print what was found of one mode."""
-    print(f"\n{mode}: {len(moves)} moves of about {median(move.rows for move in moves):,.0f} rows")
+def tables(moves: Sequence[Move]) -> tuple[documents.Table, documents.Table]:
+    """What was found of one mode: milliseconds, and how many answers took how long."""
     rows = {
         "longest read": [move.read_ms for move in moves],
         "longest write": [move.write_ms for move in moves],
@@ -192,14 +194,23 @@ def report(mode: Mode, moves: Sequence[Move]) -> None:
             if part in moves[0].pause_ms
         },
     }
-    print(f"  {'ms':<20} {'median':>8} {'worst':>8}")
-    for name, those in rows.items():
-        print(f"  {name:<20} {median(those):>8.1f} {max(those):>8.1f}")
     names = [*(f"up to {bound} ms" for bound in BOUNDS_MS), "longer"]
     totals = [sum(column) for column in zip(*(move.answers for move in moves), strict=True)]
-    print("  answers of the clients")
-    for name, total in zip(names, totals, strict=True):
-        print(f"  {name:<20} {total:>8,}")
+    return (
+        [
+            ["ms", "median", "worst"],
+            *([name, f"{median(ms):.1f}", f"{max(ms):.1f}"] for name, ms in rows.items()),
+        ],
+        [
+            ["answers of the clients", ""],
+            *([name, f"{total:,}"] for name, total in zip(names, totals, strict=True)),
+        ],
+    )
+
+
+def title(mode: Mode, moves: Sequence[Move]) -> str:
+    """What the tables are of."""
+    return f"{mode}: {len(moves)} moves of about {median(move.rows for move in moves):,.0f} rows"
 
 
 def main() -> int:
@@ -207,6 +218,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=20_000, help=f"each with {POSTS} posts")
     parser.add_argument("--moves", type=int, default=10)
     parser.add_argument("--modes", nargs="+", type=Mode, default=[Mode.LOGICAL])
+    parser.add_argument("--docs", type=Path, help="replace the tables in this document")
     options = parser.parse_args()
     os.environ[ALLOW_FSYNC_OFF] = "1"
     found: dict[str, list[Move]] = {}
@@ -222,8 +234,20 @@ def main() -> int:
         turns = cycle((3, 1))  # there and back
         for mode in options.modes:
             found[mode.value] = measure(sharded, mode, turns, options.moves, options.users)
-            report(mode, found[mode.value])
+            print("\n" + title(mode, found[mode.value]))
+            for table in tables(found[mode.value]):
+                print(documents.aligned(table))
         sharded.close()
+    if options.docs is not None:
+        shown = [
+            text
+            for mode in options.modes
+            for text in (
+                title(mode, found[mode.value]).capitalize() + ".",
+                *map(documents.markdown, tables(found[mode.value])),
+            )
+        ]
+        documents.put(options.docs, COMMAND, documents.measured(f"PostgreSQL {version}"), *shown)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"pause-{datetime.now(UTC):%Y-%m-%d-%H%M%S}.json"
     machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}

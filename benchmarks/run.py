@@ -11,15 +11,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars, plots
+from benchmarks import bars, documents, plots
 
 HERE = Path(__file__).parent
-MARKS = ("<!-- figures: made by `make bench` -->", "<!-- end of figures -->")
+COMMAND = "make bench"
 
 
 def measure(arguments: list[str]) -> Path | None:
@@ -61,59 +61,27 @@ def _shown(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def tables(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """What is shown: the head and the lines of each table."""
-    yield (
-        ("", "shardkit", "peer", "ratio", "fastest", ""),
+def tables(document: Mapping[str, Any]) -> tuple[documents.Table, documents.Table]:
+    """What is shown: who took how long, and the bars."""
+    ratios = [
         [
-            (
-                row["what"],
-                _shown(row["shardkit"]),
-                _shown(row["seconds"]),
-                f"{row['ratio']:.3f}",
-                f"{row['ratio_of_fastest']:.3f}",
-                f"{row['peer']} ({row['version']})",
-            )
-            for row in document["ratios"]
-        ],
+            row["what"],
+            f"{row['peer']} ({row['version']})",
+            _shown(row["shardkit"]),
+            _shown(row["seconds"]),
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_of_fastest']:.3f}",
+        ]
+        for row in document["ratios"]
+    ]
+    reached = [
+        [bar["what"], bar["wanted"], bar["found"], "reached" if bar["reached"] else "MISSED"]
+        for bar in document["bars"]
+    ]
+    return (
+        [["", "peer", "shardkit", "peer", "ratio", "of the fastest"], *ratios],
+        [["bar", "wanted", "found", ""], *reached],
     )
-    yield (
-        ("bar", "wanted", "found", ""),
-        [
-            (bar["what"], bar["wanted"], bar["found"], "reached" if bar["reached"] else "MISSED")
-            for bar in document["bars"]
-        ],
-    )
-
-
-def as_text(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
-    """A table for a terminal."""
-    every = [head, *lines]
-    widths = [max(len(line[column]) for line in every) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in every
-    )
-
-
-def as_markdown(head: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
-    """The same for a document."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ("---",) * len(head), *lines))
-
-
-def write_docs(path: Path, document: Mapping[str, Any], name: str) -> None:
-    """Put the tables between the marks of a document."""
-    machine = document["machine_info"]
-    cpu = machine["cpu"]
-    about = (
-        f"Measured {document['datetime'][:10]} by `make bench` (`{name}`), on "
-        f"{cpu.get('brand_raw', machine['machine'])}, {cpu.get('count', '?')} cores, "
-        f"{machine['python_implementation']} {machine['python_version']}, {machine['system']} {machine['release']}."
-    )
-    shown = "\n\n".join(as_markdown(*table) for table in tables(document))
-    before, _, rest = path.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    path.write_text(f"{before}{MARKS[0]}\n\n{about}\n\n{shown}\n\n{MARKS[1]}{after}")
 
 
 def main() -> int:
@@ -128,12 +96,13 @@ def main() -> int:
     document["bars"] = list(bars.checked(document["ratios"]))
     path.write_text(json.dumps(document, indent=1))
     for table in tables(document):
-        print("\n" + as_text(*table))
+        print("\n" + documents.aligned(table))
     print(
-        "\nMedians and their ratio, shardkit / peer; then the same of the fastest round of each. They took turns."
+        "\nMedians and their ratio, shardkit / peer; then that of the fastest round of each. They took turns."
     )
     if options.docs is not None:
-        write_docs(options.docs, document, path.name)
+        said = documents.measured(f"`{path.name}`")
+        documents.put(options.docs, COMMAND, said, *map(documents.markdown, tables(document)))
     for drawn in plots.draw(document["ratios"], path):
         print(f"Drawn: {drawn.relative_to(HERE.parent)}")
     print(f"All of it is in {path.relative_to(HERE.parent)}")
