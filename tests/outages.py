@@ -243,7 +243,14 @@ class World:
         for name in SERVERS:
             until(partial(self._unlocked, name), f"no lock of a mover is left on {name}", 5.0)
         self.shards.assert_clean()
+        self._forget_outages()
         self.applications.go_on()
+
+    def _forget_outages(self) -> None:
+        """All servers are up: what clients have learned of one that was not is nothing to the next case."""
+        for engines in (self.cluster.engines, self.cluster.async_engines):
+            for shard in self.topology.shards:
+                engines.breaker(shard).succeeded()
 
     def _rows(self) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {}
