@@ -150,7 +150,7 @@ USUAL = (
 def test_every_point_of_a_move_is_in_the_matrix() -> None:
     points = {point.removeprefix(IN_STEPS).partition(":")[0] for point, _ in CELLS}
     assert points == {*failpoints.MOVE, *failpoints.EMPTY_TARGET, *failpoints.LOCKED, *failpoints.BACK}
-    elsewhere = (failpoints.ASIDE, failpoints.JOIN, failpoints.PLACEMENT, failpoints.IDS)
+    elsewhere = (failpoints.ASIDE, failpoints.JOIN, failpoints.PLACEMENT, failpoints.READMISSION, failpoints.IDS)
     assert points.union(*elsewhere, failpoints.TWO_PHASE) == failpoints.POINTS
 
 
