@@ -11,6 +11,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from .connections import Connection, connect_catalog, transaction, value
 from .topologies import read_current
 
 LEASE_LOCK = 0x6C656173_65000001
+_LETTING_GO = 1.0
+"""Seconds in which the server of a mover that has just ended lets its lease go."""
 KEPT_HINT = (
     "`shardkit rebalance finalize` deletes the moved rows from their sources, `shardkit rebalance rollback` brings the "
     "arcs back."
@@ -160,9 +163,12 @@ class Catalog:
 
     def take_lease(self) -> int:
         """Become the mover: a new token, and `LeaseHeld` naming the process that is at work."""
-        if not value(self.connection, "SELECT pg_try_advisory_lock(%s)", (LEASE_LOCK,)):
-            holder = value(self.connection, "SELECT holder FROM shardkit.lease")
-            raise LeaseHeld(f"Another mover is at work: {holder}.", holder=holder)
+        deadline = time.monotonic() + _LETTING_GO
+        while not value(self.connection, "SELECT pg_try_advisory_lock(%s)", (LEASE_LOCK,)):
+            if time.monotonic() > deadline:
+                holder = value(self.connection, "SELECT holder FROM shardkit.lease")
+                raise LeaseHeld(f"Another mover is at work: {holder}.", holder=holder)
+            time.sleep(0.02)
         self.token = value(
             self.connection,
             "UPDATE shardkit.lease SET token = token + 1, holder = %s, taken_at = now() RETURNING token",
