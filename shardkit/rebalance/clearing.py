@@ -11,7 +11,17 @@ import psycopg
 from shardkit.core.errors import CatalogBehind, MoverSuperseded, ShardBehind
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, ShardedTable
-from shardkit.storage import change, fence, inspection, openings, purge, replication, sourceguard, tables
+from shardkit.storage import (
+    change,
+    fence,
+    inspection,
+    openings,
+    purge,
+    replication,
+    sourceguard,
+    standbys,
+    tables,
+)
 from shardkit.storage.attended import attended
 from shardkit.storage.connections import SHORT, Connection, transaction
 from shardkit.storage.failpoints import failpoint
@@ -89,7 +99,7 @@ class Clearing:
         run.around.pause(0)
         if run.limits.lag is None:
             return
-        while (replication.standby_lag(connection) or 0) > run.limits.lag:
+        while (standbys.lag(connection) or 0) > run.limits.lag:
             run.waits.tell(
                 f"the deletion on shard {shard.name} waits for a standby that is behind (--max-lag)"
             )

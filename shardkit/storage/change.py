@@ -110,16 +110,10 @@ def apply(
             except psycopg.OperationalError:
                 # Whether the COMMIT arrived is not known; the next settle() looks.
                 raise
-            except Exception as error:
+            except Exception:
                 change.discard()
                 # The shard says whether it was decided, not the place in the code that failed.
                 settle(catalog, shards, on_open=on_open)
-                if isinstance(error, psycopg.errors.IdleInTransactionSessionTimeout):
-                    raise MoveWaiting(
-                        f"What had to be done while shard {shard.name} was closed took so long that its server ended "
-                        "the closing.",
-                        shard=shard.name,
-                    ) from error
                 raise
         clock("decided")
         failpoint("change.decided")
@@ -286,6 +280,12 @@ class _Change:
                 except psycopg.errors.LockNotAvailable:
                     self.discard()
                     holders = fence.holders(connection)
+                except psycopg.errors.IdleInTransactionSessionTimeout as error:
+                    raise MoveWaiting(
+                        f"What had to be done while shard {shard.name} was closed took so long that its server ended "
+                        "the closing.",
+                        shard=shard.name,
+                    ) from error
             if any(_is_left(holder) for holder in holders):
                 assert self.current is not None
                 indoubt.recover(self.current, self.shards, only={shard.id})

@@ -300,7 +300,7 @@ def bring_forward(
             patience=patience,
         )
     except MoveWaiting as error:
-        hint = "End what holds the fence, and keep applications away; then run it again."
+        hint = "End what holds the fence, if something does, and keep applications away; then run it again."
         raise MoveWaiting(error.message, hint=hint, shard=lag.shard.name) from error
     with catalog.writing("catalog.readmitted") as cursor:
         catalog.event(

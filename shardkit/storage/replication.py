@@ -375,18 +375,6 @@ def retained(source: Connection, name: str) -> int | None:
     return None if found is None else int(found)
 
 
-def standby_lag(connection: Connection) -> int | None:
-    """Bytes that the slowest physical standby of a server has not replayed; None if none is connected."""
-    found = value(
-        connection,
-        """
-        SELECT max(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn))::bigint FROM pg_stat_replication r
-        WHERE NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
-        """,
-    )
-    return None if found is None else int(found)
-
-
 def probe_subscription(target: Connection, name: str, source_conninfo: str) -> None:
     """Let the target connect to the source and forget it; raises what the server says where it cannot."""
     with target.transaction(force_rollback=True):

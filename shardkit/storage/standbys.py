@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping
 
 from .connections import Connection, value
 
-# What only keeps WAL (pg_receivewal, a base backup) replays nothing, and so reports no position of its replay.
-_STANDBYS = """
-SELECT coalesce(nullif(application_name, ''), 'walreceiver') || coalesce(' at ' || host(client_addr), ''),
-       coalesce(flush_lsn >= %s::pg_lsn, false)
-FROM pg_stat_replication r
-WHERE replay_lsn IS NOT NULL
-  AND NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
+# Logical replication runs in a database, that of a whole server in none. (Its slot would not tell: a subscription's
+# walsender lets it go before it ends.) What only keeps WAL (pg_receivewal, a base backup) reports no replay.
+_FROM_STANDBYS = """
+FROM pg_stat_replication r JOIN pg_stat_activity a USING (pid)
+WHERE a.datid IS NULL AND r.replay_lsn IS NOT NULL
 """
+_STANDBYS = f"""
+SELECT coalesce(nullif(r.application_name, ''), 'walreceiver') || coalesce(' at ' || host(r.client_addr), ''),
+       coalesce(r.flush_lsn >= %s::pg_lsn, false) {_FROM_STANDBYS}
+"""
+_LAG = f"SELECT max(pg_wal_lsn_diff(pg_current_wal_lsn(), r.replay_lsn))::bigint {_FROM_STANDBYS}"
 
 _LONGEST_POLL = 0.02
 Known = Mapping[str, int]
@@ -34,6 +37,12 @@ def flushed(connection: Connection) -> str:
 def connected(connection: Connection) -> Known:
     """The standbys that stream from the server now; each from its first report on."""
     return Counter(name for name, _ in connection.execute(_STANDBYS, ("0/0",)))
+
+
+def lag(connection: Connection) -> int | None:
+    """Bytes that the slowest standby has not replayed; None if none is connected."""
+    found = value(connection, _LAG)
+    return None if found is None else int(found)
 
 
 def lacking(connection: Connection, position: str, known: Known) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import pq
 
 from shardkit.core.errors import MoveWaiting, StandbyBehind
 from shardkit.core.move import Mode, Phase
@@ -19,12 +21,14 @@ from shardkit.rebalance.progress import Listener, Progress
 from shardkit.storage import change, fence, standbys
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import connect
-from tests.fix_postgres import NewCluster
+from tests.fix_postgres import FreshDatabase, NewCluster
 from tests.fix_shards import MakeShards, Shards, fill
 from tests.sharded import until
 
 USERS = 200
 MODES = [Mode.LOGICAL, Mode.LOCKED]
+CONFIRMED = "SELECT FROM pg_stat_replication WHERE pid = %s AND replay_lsn IS NOT NULL"
+LET_GO = "SELECT FROM pg_replication_slots WHERE slot_name = 'left' AND active_pid IS NULL"
 
 
 class Follower:
@@ -216,3 +220,30 @@ def test_what_only_keeps_wal_is_no_standby(new_cluster: NewCluster, tmp_path: Pa
         assert not standbys.connected(connection)
         assert standbys.lacking(connection, standbys.flushed(connection), {}) == []
         archiver.terminate()
+
+
+def test_what_sends_a_subscription_is_no_standby(fresh_database: FreshDatabase) -> None:
+    """Nor as it ends: it has let its slot go by then, and what was confirmed to it still shows."""
+    url = fresh_database()
+    with closing(connect(url)) as connection, closing(psycopg.connect(url, replication="database")) as sender:
+        connection.execute("CREATE PUBLICATION p")
+        connection.execute("SELECT pg_create_logical_replication_slot('left', 'pgoutput')")
+        sent = sender.pgconn
+        try:
+            started = sent.exec_(
+                b"START_REPLICATION SLOT left LOGICAL 0/0 (proto_version '1', publication_names 'p')"
+            )
+            assert started.status == pq.ExecStatus.COPY_BOTH
+            sent.put_copy_data(struct.pack(">cQQQQB", b"r", 1, 1, 1, 0, 0))  # written, flushed, replayed
+            sent.flush()
+            until(lambda: connection.execute(CONFIRMED, (sent.backend_pid,)).fetchall(), "it confirms")
+            assert not standbys.connected(connection)
+            sent.put_copy_end()
+            sent.flush()
+            until(lambda: connection.execute(LET_GO).fetchall(), "it lets the slot go")
+            assert connection.execute(CONFIRMED, (sent.backend_pid,)).fetchall()
+            assert not standbys.connected(connection)
+        finally:
+            sender.close()
+            until(lambda: connection.execute(LET_GO).fetchall(), "it has ended")
+            connection.execute("SELECT pg_drop_replication_slot('left')")

@@ -35,10 +35,11 @@ from shardkit.rebalance.repair import repair
 from shardkit.rebalance.waiting import Interrupted
 from shardkit.storage import change, fence, idsplit, membership, readmission, standing
 from shardkit.storage.catalog import Catalog
-from shardkit.storage.connections import ShardConnections, connect, transaction
+from shardkit.storage.connections import Connection, ShardConnections, connect, transaction
 from shardkit.storage.readmission import Where
 from tests.fix_backups import BackUp
 from tests.fix_shards import MakeShards, Shards, fill, owner_of
+from tests.sharded import until
 
 USERS = 200
 MODES = [Mode.LOGICAL, Mode.LOCKED]
@@ -454,6 +455,29 @@ def test_whoever_holds_the_fences_is_named(two: Shards, back_up: BackUp) -> None
         with Catalog.open(two.catalog_url) as catalog:
             assert catalog.proposed() is None
     readmit(two.catalog_url, "s1")
+
+
+def test_a_closing_that_its_server_ended_can_be_tried_again(
+    two: Shards, back_up: BackUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = back_up(two, "s1")
+    two.move()
+    backup.restore()
+
+    def idle(closed: Connection, *_: Any) -> None:
+        there = "SELECT FROM pg_stat_activity WHERE pid = %s"
+        pid = closed.info.backend_pid
+        with closing(connect(two.topology().named("s1").url)) as other:
+            until(lambda: not other.execute(there, (pid,)).fetchall(), "its server ends it", 20)
+        closed.execute("SELECT 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readmission, "_while_closed", idle)
+        with pytest.raises(MoveWaiting, match="s1 was closed"):
+            readmit(two.catalog_url, "s1")
+    with Catalog.open(two.catalog_url) as catalog:
+        assert catalog.proposed() is None
+    assert readmit(two.catalog_url, "s1").lag.is_behind
 
 
 def test_a_shard_that_is_newer_is_refused(two: Shards) -> None:
