@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import inspect
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
+from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 
@@ -95,7 +95,7 @@ def provision_flush(session: ShardSession) -> None:
 
 def _to_be_written(session: ShardSession) -> Iterator[tuple[object, Mapped]]:
     for instance in session.new:
-        state: InstanceState[Any] = inspect(instance)
+        state: InstanceState[Any] = instance_state(instance)
         facts = mapped(state.mapper)
         if facts.key is None:
             yield instance, facts
@@ -106,7 +106,7 @@ def _to_be_written(session: ShardSession) -> Iterator[tuple[object, Mapped]]:
         if state.dict.get(facts.key) is not None:
             yield instance, facts
     for instance in session.deleted:
-        yield instance, mapped(inspect(instance).mapper)
+        yield instance, mapped(instance_state(instance).mapper)
     for instance in session.dirty:
         if session.is_modified(instance, include_collections=False):
-            yield instance, mapped(inspect(instance).mapper)
+            yield instance, mapped(instance_state(instance).mapper)

@@ -14,9 +14,10 @@ from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Table, inspect
+from sqlalchemy import Column, Table
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.orm import InstanceState, LoaderCallableStatus, Mapper
+from sqlalchemy.orm.attributes import instance_state
 
 from shardkit.core.errors import DeclarationError, KeyTypeError, UnroutableQuery
 from shardkit.core.ring import position, positions
@@ -198,7 +199,7 @@ def instance_position(instance: object) -> int:
     `KeyTypeError` if its shard key is no key (None included), `UnroutableQuery` if the key of a persistent instance was
     changed: its row would have to move, which an UPDATE on one shard cannot do.
     """
-    state: InstanceState[Any] = inspect(instance)
+    state: InstanceState[Any] = instance_state(instance)
     mapped = mapped_key(state.mapper)
     name, key, loaded = mapped.attribute, mapped.key, state.dict
     value = loaded[name] if name in loaded else getattr(instance, name)
@@ -213,7 +214,7 @@ def instance_position(instance: object) -> int:
 def fill_default_key(instance: object) -> None:
     """Give a pending instance without a shard key the Python default of its key column, as the flush would do too
     late. Does nothing if there is no such default."""
-    state: InstanceState[Any] = inspect(instance)
+    state: InstanceState[Any] = instance_state(instance)
     mapped = mapped_key(state.mapper)
     if state.dict.get(mapped.attribute) is None and has_default(mapped.column):
         setattr(instance, mapped.attribute, default_value(mapped.column))

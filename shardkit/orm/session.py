@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqlalchemy import Connection, Engine, Executable, event, inspect
+from sqlalchemy import Connection, Engine, Executable, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
@@ -249,7 +250,7 @@ class ShardSession(Session):
         return None if self._pinned is not None else self._connection_for_instance
 
     def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Any:
-        facts = mapped(inspect(instance).mapper)
+        facts = mapped(instance_state(instance).mapper)
         if facts.key is None:  # a reference or home table: the statement itself says where it runs
             return self._everywhere.dispatch
         at = instance_position(instance)

@@ -62,6 +62,7 @@ class Engines:
         self._options = dict(options or {})
         self._shards: dict[tuple[int, str], Engine] = {}
         self._readers: dict[tuple[int, str], Engine] = {}
+        self._identities: dict[tuple[int, str], ShardIdentity] = {}
         self._turns: dict[int, Iterator[int]] = {}
         self._catalog: Engine | None = None
         self._lock = threading.Lock()
@@ -111,7 +112,11 @@ class Engines:
 
     def identity(self, shard: Shard) -> ShardIdentity:
         """What the database of a shard must say it is."""
-        return ShardIdentity(shard.id, shard.name, self._cluster)
+        known = self._identities.get((shard.id, shard.name))
+        if known is None:
+            made = ShardIdentity(shard.id, shard.name, self._cluster)
+            known = self._identities.setdefault((shard.id, shard.name), made)
+        return known
 
     def _make(self, shard: Shard, stored: str, called: str) -> Engine:
         options = dict(self._options)

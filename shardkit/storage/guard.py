@@ -4,8 +4,9 @@ In place of psycopg's BEGIN goes ``BEGIN; LOCK TABLE shardkit.<fence> IN ACCESS 
 there is no further round trip; psycopg then finds a transaction open and sends no BEGIN of its own. `storage.dialect`
 drives this from SQLAlchemy's begin. Whatever would reach a shard in another way (a statement outside a transaction,
 autocommit, ``connection.transaction()``, the driver's two-phase commit, COMMIT as text) is refused here. Where reads
-may be old, on a replica, the fence is not locked but looked for in the transaction's snapshot (`snapshots`). What is
-private in psycopg is used in this module and in no other; ``tests/unit/test_guard_api.py`` fails when it changes.
+may be old, on a replica, the fence is not locked but looked for in the transaction's snapshot (`snapshots`). What only
+read is rolled back without waiting for the answer. What is private in psycopg is used in this module and in no other;
+``tests/unit/test_guard_api.py`` fails when it changes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .snapshots import NoStandby, Source
 from .sqltext import Control, control
 
 IDLE = pq.TransactionStatus.IDLE
+INTRANS = pq.TransactionStatus.INTRANS
 INERROR = pq.TransactionStatus.INERROR
 
 # The server has waited for its own lock_timeout or statement_timeout already; a very short one must not spin.
@@ -115,6 +117,10 @@ class _Guarded(BaseConnection[Any]):
     """Where its reads come from, if they may be old; then it writes nothing and holds no lock."""
     _shown: tuple[Fence, ...] = ()
     _doors = 0
+    _only_read = False
+    """Whether the guarded transaction that is open has sent nothing but reads."""
+    _owed = False
+    """Whether the answer to a ROLLBACK is still to be read."""
 
     @contextmanager
     def door(self) -> Iterator[None]:
@@ -128,6 +134,9 @@ class _Guarded(BaseConnection[Any]):
     def check_text(self, query: bytes) -> None:
         """Refuse transaction commands as text; forget the fences that a rollback to a savepoint may release."""
         found = control(query)
+        if found is Control.READ:
+            return
+        self._only_read = False
         if found is Control.NONE or self._doors:
             return
         if found is Control.END:
@@ -136,6 +145,29 @@ class _Guarded(BaseConnection[Any]):
             self.held = self.held[:1]
 
     # --- psycopg's private side ------------------------------------------------------------------------------------
+
+    def _roll_back_soon(self) -> bool:
+        """Send ROLLBACK, whose answer the next user of the connection reads; False if that has to be waited for.
+
+        What was only read is not taken back by it: it lets the fence go, as soon as the server has the message. Nothing
+        was made or dropped either that would spoil prepared statements, which the driver gives up on a ROLLBACK.
+        """
+        if self._owed:  # SQLAlchemy's pool rolls back what its session has
+            return True
+        if not self._only_read or self.pgconn.transaction_status != INTRANS or self._pipeline:
+            return False
+        self.pgconn.send_query(b"ROLLBACK")
+        self._owed = True
+        return not self.pgconn.flush()
+
+    def _answer_gen(self) -> Any:
+        """Read the answer that is owed."""
+        self._owed = False
+        self.pgconn.consume_input()  # where it has arrived, there is nothing to poll for
+        results = yield from generators.execute(self.pgconn)
+        for result in results:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise errors.error_from_result(result, encoding=self.info.encoding)
 
     def _start_query(self) -> Any:
         if self.pgconn.transaction_status == IDLE and not self._doors:
@@ -257,6 +289,7 @@ class _Guarded(BaseConnection[Any]):
         self.held = self._shown
         self.source = guard.source
         self.sent = self.wrote = self.ended = False
+        self._only_read = True
         self.scope = guard.scope
         guard.scope.participants[self.shard_id] = self
 
@@ -264,7 +297,7 @@ class _Guarded(BaseConnection[Any]):
         """No transaction is open."""
         self.scope = self.source = None
         self.held = ()
-        self.sent = self.wrote = self.ended = False
+        self.sent = self.wrote = self.ended = self._only_read = False
 
     def locked(self, guard: Guard) -> None:
         """One more fence is held."""
@@ -328,6 +361,19 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
                 _check_patience(guard, error)
             time.sleep(_RETRY_PAUSE)
 
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's, after what is owed."""
+        if self._owed:
+            super().wait(self._answer_gen())
+        return super().wait(*args, **kwargs)
+
+    def rollback(self) -> None:
+        """As psycopg's; where the transaction only read, the answer is not waited for."""
+        with self.lock:
+            if self._roll_back_soon():
+                return
+        super().rollback()
+
     def begin(self, guard: Guard) -> None:
         """Begin behind the fence; `StaleFence` with nothing left open."""
         self._patiently(self._begin_gen, guard)
@@ -386,6 +432,19 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
             except _CANCELLED as error:
                 _check_patience(guard, error)
             await asyncio.sleep(_RETRY_PAUSE)
+
+    async def wait(self, *args: Any, **kwargs: Any) -> Any:
+        """As on the sync connection."""
+        if self._owed:
+            await super().wait(self._answer_gen())
+        return await super().wait(*args, **kwargs)
+
+    async def rollback(self) -> None:
+        """As on the sync connection."""
+        async with self.lock:
+            if self._roll_back_soon():
+                return
+        await super().rollback()
 
     async def begin(self, guard: Guard) -> None:
         """As on the sync connection."""

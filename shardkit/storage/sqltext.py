@@ -1,4 +1,5 @@
-"""Transaction commands in SQL text: what would end, begin or unwind a transaction behind the session's back.
+"""Transaction commands in SQL text: what would end, begin or unwind a transaction behind the session's back; and what
+only reads.
 
 Pure. The guard asks before it lets a statement through; it never changes one.
 """
@@ -13,6 +14,8 @@ from functools import lru_cache
 class Control(Enum):
     """What a text does to the transaction it runs in."""
 
+    READ = "read"
+    """Nothing, and it leaves nothing behind that others would miss if the transaction ended a moment later."""
     NONE = "none"
     UNWIND = "unwind"
     """It rolls back to a savepoint."""
@@ -20,6 +23,9 @@ class Control(Enum):
     """It begins or ends a transaction."""
 
 
+# What is read as no more than a read: one SELECT that locks no row and names no function for locks.
+_READ = re.compile(r"\s*(?:select|with)\b", re.IGNORECASE)
+_MORE = re.compile(r"\b(?:update|share|insert|delete|merge|into)\b|advisory|;", re.IGNORECASE)
 _SUSPECT = re.compile(r"begin|start|commit|end|rollback|abort|prepare", re.IGNORECASE)
 
 # Comments that nest are skipped by hand. A text that ends within a quote falls through to the last branch, so that
@@ -49,10 +55,11 @@ def control(query: bytes) -> Control:
 def _control(query: bytes) -> Control:
     # Words and signs that matter are ASCII; what others stand for in the client's encoding does not matter.
     text = query.decode("utf-8", "replace")
-    if _SUSPECT.search(text) is None:
-        return Control.NONE
-    found = {_of_statement(words) for words in _statements(text)}
-    return next((kind for kind in (Control.END, Control.UNWIND) if kind in found), Control.NONE)
+    found = {_of_statement(words) for words in _statements(text)} if _SUSPECT.search(text) else set()
+    for kind in (Control.END, Control.UNWIND):
+        if kind in found:
+            return kind
+    return Control.READ if _READ.match(text) and not _MORE.search(text) else Control.NONE
 
 
 _cached = lru_cache(maxsize=4096)(_control)

@@ -23,6 +23,7 @@ def engine(sharded: ShardedCluster, cluster: shardkit.ShardCluster) -> Any:
     # The first connection asks the server what it is; that door is shut again afterwards.
     with cluster.sessionmaker()() as session:
         session.connection(shard="s0").execute(text("SELECT 1"))
+        session.commit()
     return engine
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 import shardkit
 from shardkit.storage.urls import sqlalchemy_url
 from tests.sharded import Post, ShardedCluster, User
+from tests.wire import counting
 
 Work = Callable[[Any, int], Any]
 
@@ -89,17 +88,6 @@ def stream(session: Any, key: int) -> None:
 WORKS = [get, select_by_key, insert_one, insert_many, bulk, change, change_by_statement, delete, savepoint,
          roll_back, lazy_load, stream]  # fmt: skip
 ISOLATIONS = [None, "REPEATABLE READ", "SERIALIZABLE"]
-
-
-@contextmanager
-def counting(raw: Any) -> Iterator[Callable[[], int]]:
-    """The number of times that a driver connection waited for the server, by libpq's own trace."""
-    with tempfile.TemporaryFile("w+") as trace:
-        raw.pgconn.trace(trace.fileno())
-        try:
-            yield lambda: trace.seek(0) or trace.read().count("ReadyForQuery")
-        finally:
-            raw.pgconn.untrace()
 
 
 def _prepare(sharded: ShardedCluster) -> int:

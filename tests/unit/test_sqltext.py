@@ -29,6 +29,28 @@ HARMLESS = [
     "SELECT $1; SELECT $2",
     "LOCK TABLE ends",
 ]
+READING = [
+    "SELECT 1",
+    "\n select users.id, users.updated_at, users.shared FROM users WHERE users.id = $1",
+    "WITH few AS (SELECT id FROM users LIMIT 3) SELECT * FROM few",
+    "SELECT CASE WHEN true THEN 1 END",
+]
+MORE_THAN_READING = [
+    "",
+    "SELECT id FROM users FOR UPDATE",
+    "SELECT id FROM users FOR NO KEY UPDATE SKIP LOCKED",
+    "SELECT id FROM users for share",
+    "SELECT id FROM users FOR KEY SHARE OF users",
+    "SELECT pg_try_advisory_xact_lock(1)",
+    "SELECT id INTO TEMPORARY few FROM users",
+    "WITH gone AS (DELETE FROM users RETURNING id) SELECT * FROM gone",
+    "WITH new AS (INSERT INTO users DEFAULT VALUES RETURNING id) SELECT * FROM new",
+    "SELECT 1; DROP TABLE users",
+    "SAVEPOINT one",
+    "DECLARE c CURSOR FOR SELECT 1",
+    "LOCK TABLE users",
+    "/* SELECT */ TRUNCATE users",
+]
 ENDING = [
     "COMMIT",
     "commit;",
@@ -66,6 +88,16 @@ UNWINDING = [
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_harmless(text: str) -> None:
+    assert control(text.encode()) in (Control.NONE, Control.READ)
+
+
+@pytest.mark.parametrize("text", READING)
+def test_reading(text: str) -> None:
+    assert control(text.encode()) is Control.READ
+
+
+@pytest.mark.parametrize("text", MORE_THAN_READING)
+def test_more_than_reading(text: str) -> None:
     assert control(text.encode()) is Control.NONE
 
 
@@ -95,3 +127,4 @@ def test_texts_too_long_to_keep() -> None:
 def test_other_encodings() -> None:
     assert control("SELECT 'é'; commit".encode("latin-1")) is Control.END
     assert control("SELECT 'é; commit'".encode("latin-1")) is Control.NONE
+    assert control("SELECT 'é'".encode("latin-1")) is Control.READ

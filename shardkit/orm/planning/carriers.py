@@ -12,9 +12,10 @@ from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Table, inspect
+from sqlalchemy import Column, Table
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.sql.elements import ClauseElement
 
 from shardkit.core.errors import IdMismatch
@@ -127,7 +128,7 @@ def id_columns(table: Table) -> Sequence[IdColumn]:
 
 def vet_instance(instance: object, position: int) -> None:
     """`IdMismatch` if an instance was given an id of another slot than its shard key has."""
-    state: InstanceState[Any] = inspect(instance)
+    state: InstanceState[Any] = instance_state(instance)
     for attribute, known in id_attributes(state.mapper):
         if state.key is None or attribute in state.committed_state:
             known.vet(state.dict.get(attribute), position)
