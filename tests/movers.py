@@ -3,6 +3,8 @@
 ``python -m tests.movers`` imports everything once and forks a mover for each order it reads, a JSON object a line; a
 mover then costs some milliseconds. `Movers` is the other end. A forked mover is what the command runs: it stops by
 SIGINT and SIGTERM between two steps, and ends with the exit code of its error.
+
+`run_forked` is for tests that want one process after the other, and no more of them.
 """
 
 from __future__ import annotations
@@ -12,17 +14,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
+
+import pytest
 
 LOCKED_ROWS = 150
 """Rows of a locked step."""
 STOPPED = "stopped"
+FORKED_SECONDS = 120.0
 REFUSED, RETRY_LATER = 3, 5
 """Exit codes: a move cannot go on as things are; stopped by the operator, or something is away."""
 
@@ -61,12 +69,16 @@ class Movers:
         weights: Mapping[int, int] | None = None,
         mode: str = "auto",
         patience: float = 30.0,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Fork a mover that does a ``move`` to some weights, or ``keep`` its sources, a ``rollback``, a ``finalize``, a
-        ``resume`` or an ``abort``, with a point armed."""
+        """Fork a mover that does a ``move`` to some weights, if there is no job yet, or ``keep`` its sources, a
+        ``rollback``, a ``finalize``, a ``resume`` or an ``abort``, with a point armed; or a ``command`` of the program,
+        with its arguments. ``environment`` is what it has beside that of all."""
         assert self.pid is None, "one at a time"
         order = {
-            "act": act, "catalog": catalog, "point": point, "weights": weights, "mode": mode, "patience": patience
+            "act": act, "catalog": catalog, "point": point, "weights": weights, "mode": mode, "patience": patience,
+            "arguments": arguments, "environment": dict(environment or {}),
         }  # fmt: skip
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({**order, "said": str(self._said)}) + "\n")
@@ -109,11 +121,40 @@ class Movers:
         return answer
 
 
+@cache
+def _shared() -> tuple[Movers, TemporaryDirectory[str]]:
+    """One for all tests of this process; it ends with it."""
+    folder = TemporaryDirectory(prefix="shardkit-movers-")
+    return Movers(Path(folder.name), {}), folder
+
+
+def run_forked(act: str, catalog: str, point: str = "", **options: Any) -> int:
+    """A mover, or a command, under the environment of this process: -SIGKILL if it was killed at its point, else 0;
+    fails with what it said if it ended otherwise."""
+    movers, _ = _shared()
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("SHARDKIT_", "PG")) and name != "SHARDKIT_FAILPOINT"
+    }
+    movers.start(act, catalog, point=point, environment=variables, **options)
+    late = threading.Timer(FORKED_SECONDS, movers.signal, [signal.SIGKILL])
+    late.start()
+    try:
+        code = movers.wait()
+    finally:
+        late.cancel()
+    if code not in (0, -signal.SIGKILL):
+        pytest.fail(f"{act} ended with {code}: {movers.said}")
+    return int(code)
+
+
 # --- the process that forks ------------------------------------------------------------------------------------------
 
 
 def _main() -> None:
     # Before a fork, so that each mover has it already. (Nothing of it may start a thread.)
+    import shardkit.cli.app
     import shardkit.cli.failures
     import shardkit.cli.running
     import shardkit.rebalance.mover  # noqa: F401
@@ -142,12 +183,22 @@ def _become(order: Mapping[str, Any]) -> None:
         said = os.open(order["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        code = _carry(order)
+        os.environ.update(order["environment"])
+        code = _command(order) if order["act"] == "command" else _carry(order)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _command(order: Mapping[str, Any]) -> int:
+    from shardkit.cli.app import run
+    from shardkit.storage import failpoints
+
+    os.environ["SHARDKIT_CATALOG"] = order["catalog"]
+    failpoints.arm(order["point"])
+    return run(order["arguments"])
 
 
 def _carry(order: Mapping[str, Any]) -> int:
@@ -161,9 +212,9 @@ def _carry(order: Mapping[str, Any]) -> int:
 
     def act(mover: Mover) -> Job:
         what = order["act"]
-        if what in ("move", "keep"):
-            weights = {int(shard): weight for shard, weight in order["weights"].items()}
-            mover.start("rebalance", weights, Mode(order["mode"]), keep_source=what == "keep")
+        if what in ("move", "keep") and mover.catalog.running_job() is None:
+            weights = {int(shard): weight for shard, weight in (order["weights"] or {}).items()}
+            mover.start("rebalance", weights or None, Mode(order["mode"]), keep_source=what == "keep")
         others = {"abort": mover.abort, "rollback": mover.rollback, "finalize": mover.finalize}
         return others.get(what, mover.run)()
 

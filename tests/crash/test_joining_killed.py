@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +14,7 @@ from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage.connections import connect, value
 from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import SCHEMA, TABLES, MakeShards, Shards, fill
+from tests.movers import run_forked
 
 USERS = 200
 
@@ -39,15 +37,9 @@ def newcomer(fresh_database: FreshDatabase, server: int) -> str:
 
 def killed_at(failpoint: str, *arguments: str) -> None:
     """Run the program, which must be killed at the point."""
-    done = subprocess.run(
-        [sys.executable, "-m", "shardkit", *arguments],
-        env={**os.environ, "SHARDKIT_FAILPOINT": failpoint},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == -signal.SIGKILL, f"it never passed {failpoint}\n{done.stdout}\n{done.stderr}"
+    catalog = os.environ.get("SHARDKIT_CATALOG", "")
+    code = run_forked("command", catalog, failpoint, arguments=arguments)
+    assert code == -signal.SIGKILL, f"it never passed {failpoint}"
 
 
 def test_a_claim_that_no_topology_knows_is_named_and_can_be_taken(

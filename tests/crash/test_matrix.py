@@ -158,10 +158,11 @@ def test_every_point_of_a_move_is_in_the_matrix() -> None:
 
 
 class Worlds:
-    """A world for many cases, made again after one that failed; counts what passed."""
+    """A world for many cases, made again after one that failed; counts what passed. ``run`` is one case."""
 
-    def __init__(self, make: Callable[[], World]) -> None:
+    def __init__(self, make: Callable[[], World], run: Callable[[World, str, Event], None]) -> None:
         self._make = make
+        self._run = run
         self._world: World | None = None
         self.passed: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
@@ -173,7 +174,7 @@ class Worlds:
             self._world.begin()
         before = self._world.applications.done
         try:
-            run(self._world, point, event)
+            self._run(self._world, point, event)
         except BaseException:
             self.failed[event.name] += 1
             self.close()
@@ -186,7 +187,15 @@ class Worlds:
             world, self._world = self._world, None
             world.close()
 
+    def end(self, request: pytest.FixtureRequest) -> None:
+        """Close it, and print the counts."""
+        self.close()
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line("\n" + self.table())
+
     def table(self) -> str:
+        """How many cases passed, by event."""
         lines = [f"{'event':<32} {'passed':>7} {'failed':>7}"]
         lines += [
             f"{event.name:<32} {self.passed[event.name]:>7} {self.failed[event.name]:>7}"
@@ -198,12 +207,9 @@ class Worlds:
 
 @pytest.fixture(scope="module")
 def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
-    made = Worlds(lambda: World(tmp_path_factory.mktemp("matrix")))
+    made = Worlds(lambda: World(tmp_path_factory.mktemp("matrix")), run)
     yield made
-    made.close()
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line("\n" + made.table())
+    made.end(request)
 
 
 def run(world: World, point: str, event: Event) -> None:

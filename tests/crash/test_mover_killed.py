@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from shardkit.core.errors import PreflightFailed
 from shardkit.core.move import Mode
 from tests.fix_shards import FencedWriter, MakeShards, Shards, fill
-
-MOVER = """
-import sys
-from shardkit.core.move import Mode
-from shardkit.rebalance import locked
-from shardkit.rebalance.mover import Mover
-locked.ROWS_A_STEP = 100
-with Mover(sys.argv[1], patience=30.0) as mover:
-    if mover.catalog.running_job() is None:
-        mover.start("rebalance", mode=Mode(sys.argv[2]))
-    getattr(mover, sys.argv[3])()
-"""
+from tests.movers import run_forked
 
 USUAL = [
     "copying.slot",
@@ -40,27 +26,18 @@ REST = [
     "change.decided:1", "cutting over.before opening", "change.opened:1", "change.opened:2", "change.recorded:1",
     "change.recorded:2", "change.recorded:3", "purge.batch:1",
 ]  # fmt: skip
-LOCKED = ["locked.before decision:2", "change.decided:3", "locked.opened:2"]
+LOCKED = ["locked.before decision:2"]
 LOCKED_REST = [
     "preparing.begin", "preparing.end", "copying.begin", "locked.step:1", "locked.step:2", "locked.before decision:1",
-    "locked.opened:1", "change.proposed:2", "change.proposed:3", "change.decided:2", "change.opened:2",
-    "change.opened:3", "change.recorded:2", "change.recorded:3", "copying.end", "cut over.begin", "purging.begin",
-    "purging.end",
+    "locked.opened:1", "locked.opened:2", "change.proposed:2", "change.proposed:3", "change.decided:2",
+    "change.decided:3", "change.opened:2", "change.opened:3", "change.recorded:2", "change.recorded:3", "copying.end",
+    "cut over.begin", "purging.begin", "purging.end",
 ]  # fmt: skip
 
 
 def run_mover(shards: Shards, failpoint: str = "", act: str = "run", mode: Mode = Mode.AUTO) -> int:
-    environment = {**os.environ, "SHARDKIT_FAILPOINT": failpoint}
-    done = subprocess.run(
-        [sys.executable, "-c", MOVER, shards.catalog_url, mode.value, act],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if done.returncode not in (0, -signal.SIGKILL):
-        pytest.fail(done.stderr)
-    return done.returncode
+    """A move, or the rest of one, or an ``abort``."""
+    return run_forked("move" if act == "run" else act, shards.catalog_url, failpoint, mode=mode.value)
 
 
 def killed_then(

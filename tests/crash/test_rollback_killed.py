@@ -3,10 +3,7 @@ if nothing had been."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,19 +21,9 @@ from shardkit.storage.connections import value
 from tests.crash.test_lost_slot import SMALL, lose_the_slot
 from tests.fix_postgres import NewCluster
 from tests.fix_shards import FencedWriter, MakeShards, Shards, fill
+from tests.movers import run_forked
 from tests.sharded import until
 
-MOVER = """
-import sys
-from shardkit.rebalance.mover import Mover
-_, url, act = sys.argv
-with Mover(url, patience=30.0) as mover:
-    if act == "keep":
-        mover.start("rebalance", keep_source=True)
-        mover.run()
-    else:
-        getattr(mover, act)()
-"""
 USERS = 300
 
 slow = pytest.mark.slow
@@ -70,16 +57,7 @@ LETTING_GO = points(
 
 
 def run_mover(shards: Shards, act: str, failpoint: str = "") -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", MOVER, shards.catalog_url, act],
-        env={**os.environ, "SHARDKIT_FAILPOINT": failpoint},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if done.returncode not in (0, -signal.SIGKILL):
-        pytest.fail(done.stderr)
-    return done.returncode
+    return run_forked("resume" if act == "run" else act, shards.catalog_url, failpoint)
 
 
 def killed(shards: Shards, act: str, failpoint: str) -> None:

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 
-from shardkit.core.move import Mode
 from shardkit.storage import setaside
 from shardkit.storage.connections import Connection, connect, value
-from tests.crash.test_mover_killed import MOVER, run_mover
+from tests.crash.test_mover_killed import run_mover
 from tests.fix_shards import SCHEMA, FencedWriter, MakeShards, Shards, fill
 from tests.sharded import until
 
+MOVER = """
+import sys
+from shardkit.rebalance.mover import Mover
+with Mover(sys.argv[1], patience=30.0) as mover:
+    mover.run()
+"""
 INDEXES = SCHEMA + """
 CREATE INDEX posts_body ON public.posts (body) WITH (fillfactor = 60);
 COMMENT ON INDEX public.posts_body IS 'of bodies';
@@ -126,5 +131,5 @@ def test_killed_while_what_was_half_made_is_dropped(make_shards: MakeShards, poi
 
 def start(shards: Shards) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", MOVER, shards.catalog_url, Mode.AUTO.value, "run"], env=dict(os.environ)
+        [sys.executable, "-c", MOVER, shards.catalog_url], env=dict(os.environ)
     )

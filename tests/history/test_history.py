@@ -201,7 +201,7 @@ def test_what_clients_see_while_topologies_change_and_processes_die(catalog: str
 def test_a_million_operations_over_two_hundred_changes(
     catalog: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    run = Run(catalog, tmp_path, seed=2, clients=3, keys=256, tasks=2, thinking=0.0)
+    run = Run(catalog, tmp_path, seed=2, clients=3, keys=256, tasks=2, thinking=0.002)
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     assert reporter is not None
     with working(run) as movers:
