@@ -11,7 +11,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test slow lint types bench clean
+.PHONY: help demo test slow lint types guard bench clean
 
 help:
 	@echo "make demo    three PostgreSQL servers, a workload, a shard added while it runs; ARGS as 'shardkit demo'"
@@ -19,6 +19,7 @@ help:
 	@echo "make slow    the tests that take minutes"
 	@echo "make lint    ruff"
 	@echo "make types   mypy --strict, and the stub of the native core against what it is"
+	@echo "make guard   whether the hot paths cost more than they did"
 	@echo "make bench   benchmarks side by side; JSON into benchmarks/results/"
 	@echo "make clean   remove what was built, and .venv"
 
@@ -39,10 +40,14 @@ types: $(READY)
 	$(IN) -m mypy
 	$(IN) -m mypy.stubtest shardkit._ring
 
+guard: $(READY)
+	$(IN) -m benchmarks.guard $(ARGS)
+
 bench: $(READY)
 	.venv/bin/python -m pip install --quiet -r benchmarks/peers.txt
 	-.venv/bin/python -m pip install --quiet ketama  # in C, and not to be had everywhere
 	$(IN) -m benchmarks.run $(ARGS)
+	$(IN) -m benchmarks.balance
 	$(IN) -m benchmarks.move
 	$(IN) -m benchmarks.pause
 	$(IN) -m benchmarks.growth

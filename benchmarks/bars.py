@@ -17,6 +17,7 @@ ONE_SHARD = (
     "get, update and commit",
     "session.get of an object that is known",
 )
+SCATTERED = ("the first 20 of all rows", "count of all rows", "counts by group")
 ASYNC = ("get, asyncio", "insert and commit, asyncio", "10,000 rows in one INSERT")
 
 
@@ -74,6 +75,11 @@ BARS = (
     Bar("owners of a list, a string each", "shardkit, a call a key", per_second=30e6),
     *(Bar(what, "plain SQLAlchemy", ratio=1.05) for what in (*ONE_SHARD, *ASYNC)),
     *(Bar(what, "horizontal_shard", ratio=1.0) for what in ONE_SHARD),
+    *(
+        Bar(f"{what}, 4 shards", peer, ratio=1.2)
+        for what in SCATTERED
+        for peer in ("the slowest shard alone", "the 4 shards at once, bare")
+    ),
 )
 
 
@@ -85,3 +91,15 @@ def checked(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         if row is not None:
             reached, found = bar.found(row)
             yield {"what": bar.what, "wanted": bar.shown(), "found": found, "reached": reached}
+
+
+def trips(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same of round trips: not more than plain SQLAlchemy makes."""
+    for row in rows:
+        ours, plain = row["trips"]["shardkit"], row["trips"]["plain SQLAlchemy"]
+        yield {
+            "what": f"round trips: {row['what']}",
+            "wanted": f"at most {plain:g}",
+            "found": f"{ours:g}",
+            "reached": ours <= plain,
+        }

@@ -7,13 +7,14 @@ Everybody does the same work on the same rows of the same server. Objects of one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy
-from sqlalchemy import create_engine, delete, func, insert, select
+from sqlalchemy import Engine, create_engine, delete, func, insert, select
 from sqlalchemy.ext.asyncio import async_sessionmaker as plain_async_sessionmaker
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import sessionmaker
@@ -21,6 +22,7 @@ from sqlalchemy.orm import sessionmaker
 from shardkit.dev import Clusters
 from shardkit.storage.urls import sqlalchemy_url
 from tests.sharded import Base, Post, ShardedCluster, User
+from tests.wire import counting
 
 from . import plainsharding
 from .conftest import Peer, Run, Versus
@@ -29,8 +31,11 @@ USERS = 200
 POSTS = 10
 MANY = 10_000
 
+CALLS = 20
+"""Over so many calls round trips are counted."""
+
 Maker = sessionmaker[Any]
-PLAIN, HORIZONTAL = "plain SQLAlchemy", "horizontal_shard"
+OURS, PLAIN, HORIZONTAL = "shardkit", "plain SQLAlchemy", "horizontal_shard"
 
 
 class Sides(NamedTuple):
@@ -42,6 +47,8 @@ class Sides(NamedTuple):
     horizontal: Maker
     sharded_async: Callable[[], Any]
     plain_async: Callable[[], Any]
+    engines: Mapping[str, Iterable[Engine]]
+    """Those of each, for the sync sessions."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,11 @@ def sides(servers: Clusters, loop: asyncio.Runner) -> Iterator[Sides]:
         plainsharding.maker(engines, topology.ring),
         cluster.async_sessionmaker(),
         plain_async_sessionmaker(plain_async),
+        {
+            OURS: [cluster.engines.shard(shard) for shard in topology.shards],
+            PLAIN: [plain],
+            HORIZONTAL: list(engines.values()),
+        },
     )
     for make in (found.sharded, found.plain):
         for user_id in range(USERS):
@@ -179,12 +191,27 @@ PLAIN_ONLY = {"10,000 rows in one INSERT": _many, "count over both shards": _cou
 """What horizontal sharding does not do: it has one shard for all rows, and adds no counts up."""
 
 
+def _trips(engines: Iterable[Engine], work: Run) -> float:
+    """How often a call of the work waits for a server."""
+    with ExitStack() as stack:
+        counts = []
+        for engine in engines:
+            fairy = engine.raw_connection()
+            raw = fairy.driver_connection
+            fairy.close()
+            counts.append(stack.enter_context(counting(raw)))
+        for _ in range(CALLS):
+            work()
+        return sum(each() for each in counts) / CALLS
+
+
 @pytest.mark.parametrize("what", WORK)
-def test_one_shard(versus: Versus, sides: Sides, what: str) -> None:
+def test_one_shard(benchmark: Any, versus: Versus, sides: Sides, what: str) -> None:
     work = WORK[what]
-    others = {PLAIN: Peer(sqlalchemy.__version__, work(sides.plain))}
-    others[HORIZONTAL] = Peer(sqlalchemy.__version__, work(sides.horizontal))
-    versus(what, work(sides.sharded), others)
+    works = {OURS: work(sides.sharded), PLAIN: work(sides.plain), HORIZONTAL: work(sides.horizontal)}
+    others = {who: Peer(sqlalchemy.__version__, works[who]) for who in (PLAIN, HORIZONTAL)}
+    versus(what, works[OURS], others)
+    benchmark.extra_info["trips"] = {who: _trips(sides.engines[who], one) for who, one in works.items()}
 
 
 @pytest.mark.parametrize("what", PLAIN_ONLY)

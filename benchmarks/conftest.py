@@ -58,12 +58,18 @@ def versus(benchmark: Any, request: pytest.FixtureRequest) -> Versus:
         one_round = [timed(run) + sum(timed(peer.run) for peer in peers.values()) for _ in range(3)]
         rounds = max(ROUNDS.start, min(ROUNDS.stop, int(SECONDS / min(one_round))))
         benchmark.pedantic(run, setup=peers_first, rounds=rounds, iterations=1)
+        ours = benchmark.stats.stats.data
         benchmark.extra_info.update(
             what=what,
             times=times,
             version=f"{shardkit.__version__} {IMPLEMENTATION}",
             peers={
-                who: {"version": peers[who].version, "median": median(all_), "min": min(all_)}
+                who: {
+                    "version": peers[who].version,
+                    "median": median(all_),
+                    "min": min(all_),
+                    "ratio": median(mine / theirs for mine, theirs in zip(ours, all_, strict=True)),
+                }
                 for who, all_ in took.items()
             },
         )

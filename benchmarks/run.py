@@ -11,7 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def measure(arguments: list[str]) -> Path | None:
 
 
 def ratios(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each peer of each benchmark: the medians in seconds for one time, ours divided by theirs, the same of
-    the fastest rounds."""
+    """A row for each peer of each benchmark: the medians in seconds for one time, the median of ours divided by theirs
+    in each round, and the ratio of the fastest rounds."""
     return [
         {
             "what": info["what"],
@@ -45,7 +45,7 @@ def ratios(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "version": peer["version"],
             "seconds": peer["median"] / info["times"],
             "peer_fastest": peer["min"] / info["times"],
-            "ratio": one["stats"]["median"] / peer["median"],
+            "ratio": peer["ratio"],
             "ratio_of_fastest": one["stats"]["min"] / peer["min"],
         }
         for one in benchmarks
@@ -61,8 +61,18 @@ def _shown(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
-def tables(document: Mapping[str, Any]) -> tuple[documents.Table, documents.Table]:
-    """What is shown: who took how long, and the bars."""
+def trips(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Round trips a call, by who did the work, where they were counted."""
+    return [
+        {"what": info["what"], "trips": info["trips"]}
+        for one in benchmarks
+        for info in [one["extra_info"]]
+        if "trips" in info
+    ]
+
+
+def tables(document: Mapping[str, Any]) -> Iterator[documents.Table]:
+    """What is shown, as far as it was measured: who took how long, the round trips, the bars."""
     ratios = [
         [
             row["what"],
@@ -78,10 +88,15 @@ def tables(document: Mapping[str, Any]) -> tuple[documents.Table, documents.Tabl
         [bar["what"], bar["wanted"], bar["found"], "reached" if bar["reached"] else "MISSED"]
         for bar in document["bars"]
     ]
-    return (
-        [["", "peer", "shardkit", "peer", "ratio", "of the fastest"], *ratios],
-        [["bar", "wanted", "found", ""], *reached],
-    )
+    yield [["", "peer", "shardkit", "peer", "ratio", "of the fastest"], *ratios]
+    if document["trips"]:
+        names = list(document["trips"][0]["trips"])
+        counted = [
+            [row["what"], *(f"{row['trips'][name]:g}" for name in names)] for row in document["trips"]
+        ]
+        yield [["round trips a call", *names], *counted]
+    if reached:
+        yield [["bar", "wanted", "found", ""], *reached]
 
 
 def main() -> int:
@@ -93,12 +108,14 @@ def main() -> int:
         return 1
     document = json.loads(path.read_text())
     document["ratios"] = ratios(document["benchmarks"])
-    document["bars"] = list(bars.checked(document["ratios"]))
+    document["trips"] = trips(document["benchmarks"])
+    document["bars"] = [*bars.checked(document["ratios"]), *bars.trips(document["trips"])]
     path.write_text(json.dumps(document, indent=1))
     for table in tables(document):
         print("\n" + documents.aligned(table))
     print(
-        "\nMedians and their ratio, shardkit / peer; then that of the fastest round of each. They took turns."
+        "\nMedians; the median of the ratios, shardkit / peer, of each round, in which they took turns; then the ratio "
+        "of the fastest rounds."
     )
     if options.docs is not None:
         said = documents.measured(f"`{path.name}`")

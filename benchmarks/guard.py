@@ -1,0 +1,215 @@
+"""A guard against slower code: what hot paths cost beside a baseline that is checked in, ``benchmarks/baseline.json``.
+
+What is Python is counted: the bytecode instructions that shardkit's own modules execute for a call, which are the same
+on every machine, but not for every version of Python. What is native is timed, as CPU time beside a call that does
+nothing, which tells something on one kind of processor alone; noise only ever adds to it, so that what is too slow is
+measured again for a while. Ends with status 1 if something costs a tenth more than its baseline; what has no baseline
+is said. ``--write`` makes what is measured the baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select
+
+import shardkit
+from shardkit.core.keyrange import SLOTS, slot_arc
+from shardkit.core.ring import Ring
+from shardkit.dev import Clusters
+from tests.sharded import Post, ShardedCluster, User
+
+from . import documents
+
+BASELINE = Path(__file__).with_name("baseline.json")
+PACKAGE = str(Path(shardkit.__file__).parent)
+ALLOWED = 1.1
+SECONDS = 20.0
+"""For so long a time that is over its limit is measured again."""
+KEYS = 10_000
+
+Work = Callable[[], object]
+
+
+def instructions(work: Work) -> int:
+    """Bytecode instructions of shardkit's modules in one call, in this thread; the fewest of a few calls."""
+
+    def count_once() -> int:
+        counted = 0
+
+        def inside(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal counted
+            counted += event == "opcode"
+            return inside
+
+        def entered(frame: FrameType, *_: Any) -> Any:
+            if not frame.f_code.co_filename.startswith(PACKAGE):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            return inside
+
+        before = sys.gettrace()
+        sys.settrace(entered)
+        try:
+            work()
+        finally:
+            sys.settrace(before)
+        return counted
+
+    for _ in range(3):
+        work()
+    return min(count_once() for _ in range(3))
+
+
+def sessions() -> Iterator[tuple[str, int]]:
+    """What the session costs in Python, on two shards of one server."""
+    with Clusters(1) as servers:
+        os.environ["PGPASSFILE"] = str(servers[0].passfile)
+        urls = [servers[0].create_database(name) for name in ("catalog", "s0", "s1")]
+        sharded = ShardedCluster(urls[0], urls[1:])
+        with sharded.connect() as cluster:
+            make = cluster.sessionmaker()
+            with make.begin() as session:
+                session.add(User(id=7, name="user", posts=[Post(id=1, caption="caption")]))
+            for name, work in _works(make).items():
+                yield name, instructions(work)
+        sharded.close()
+
+
+def _works(make: Any) -> Mapping[str, Work]:
+    def get() -> None:
+        with make() as session:
+            session.get_one(User, 7)
+
+    def chosen() -> None:
+        with make() as session:
+            session.scalars(select(Post).where(Post.user_id == 7).order_by(Post.id)).all()
+
+    def lazily() -> None:
+        with make() as session:
+            assert session.get_one(User, 7).posts
+
+    def update() -> None:
+        with make.begin() as session:
+            session.get_one(User, 7).score += 1
+
+    def insert() -> None:
+        with make() as session:
+            session.add(User(id=8, name="new"))
+            session.flush()
+
+    def count() -> None:
+        with make() as session:
+            session.scalar(select(func.count()).select_from(User))
+
+    return {
+        "session.get": get,
+        "select by key": chosen,
+        "a lazy load after get": lazily,
+        "get, update and commit": update,
+        "insert": insert,
+        "count over two shards": count,
+    }
+
+
+def lookups() -> Iterator[tuple[str, Callable[[], float]]]:
+    """What measures a look-up in the ring once, as a multiple of a call that does nothing."""
+    ends = [slot_arc(slot).last for slot in range(63, SLOTS, 64)]
+    ring = Ring(ends, [number % 16 for number in range(len(ends))])
+    keys: Mapping[str, list[Any]] = {
+        "an int": list(range(1 << 40, (1 << 40) + KEYS)),
+        "a string": [f"user:{number:08}" for number in range(KEYS)],
+        "a UUID": [UUID(int=number << 64 | 1) for number in range(KEYS)],
+    }
+    many = array("q", range(100 * KEYS))
+    for kind, those in keys.items():
+        yield f"owner of {kind}", partial(_beside_nothing, ring.owner, those)
+    yield "owners of an int64", lambda: _once(lambda: ring.owners(many)) / 100 / _timed(callable, many[:KEYS])
+
+
+def _beside_nothing(function: Callable[[Any], object], keys: Any) -> float:
+    return _timed(function, keys) / _timed(callable, keys)
+
+
+def _timed(function: Callable[[Any], object], keys: Any) -> float:
+    return _once(lambda: deque(map(function, keys), maxlen=0))
+
+
+def _once(work: Work) -> float:
+    """CPU time of the fastest of some calls: the others were disturbed."""
+    times = []
+    for _ in range(50):
+        began = time.thread_time()
+        work()
+        times.append(time.thread_time() - began)
+    return min(times)
+
+
+def within(measure: Callable[[], float], limit: float | None) -> float:
+    """What is measured, again and again until it is within its limit, if there is one."""
+    deadline = time.monotonic() + SECONDS
+    least = measure()
+    while limit is not None and least > limit and time.monotonic() < deadline:
+        least = min(least, measure())
+    return least
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--write", action="store_true", help="make what is measured the baseline")
+    options = parser.parse_args()
+    python = ".".join(platform.python_version_tuple()[:2])
+    machine = f"{documents.processor()}, Python {python}"
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"instructions": {}, "times": {}}
+    counts = baseline["instructions"].setdefault(python, {})
+    times = baseline["times"].setdefault(machine, {})
+    rows: list[tuple[str, float, float | None]] = [
+        (name, found, counts.get(name)) for name, found in sessions()
+    ]
+    if options.write:
+        counts.update({name: found for name, found, _ in rows})
+    for name, measure in lookups():
+        known = times.get(name)
+        found = within(measure, None if options.write or known is None else known * ALLOWED)
+        rows.append((name, found, known))
+        if options.write:
+            times[name] = round(median(measure() for _ in range(9)), 3)
+    worse = [name for name, found, known in rows if known is not None and found > known * ALLOWED]
+    table = [
+        [
+            name,
+            f"{found:,.4g}",
+            "none" if known is None else f"{known:,.4g}",
+            "SLOWER" if name in worse else "",
+        ]
+        for name, found, known in rows
+    ]
+    print(documents.aligned([[f"on {machine}", "now", "baseline", ""], *table]))
+    if options.write:
+        BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n")
+        return 0
+    if worse:
+        print(
+            f"\nMore than {ALLOWED:g} times the baseline: {', '.join(worse)}. "
+            "If that has to be: `python -m benchmarks.guard --write`.",
+            file=sys.stderr,
+        )
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
