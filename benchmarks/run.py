@@ -1,8 +1,8 @@
 """Run the benchmarks and print how shardkit compares with each peer, measured in the same run.
 
-Arguments go to pytest, but for ``--docs FILE``, which puts the tables there between its two marks. Everything measured
-is written to ``benchmarks/results/``, with the machine and the versions; ``ratios`` and ``bars`` there are what is
-printed.
+Arguments go to pytest, but for ``--docs FILE``, which puts the tables there between its two marks, and
+``--readme FILE``, which does so with a short one. Everything measured is written to ``benchmarks/results/``, with the
+machine and the versions; ``ratios``, ``trips`` and ``bars`` there are what is printed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bars, documents, plots
+from shardkit.dev import find_binaries
 
 HERE = Path(__file__).parent
 COMMAND = "make bench"
@@ -99,9 +100,34 @@ def tables(document: Mapping[str, Any]) -> Iterator[documents.Table]:
         yield [["bar", "wanted", "found", ""], *reached]
 
 
+SHORT = (
+    ("owner of an int, slot ring", bars.FLOOR),
+    ("owner of a string, against others", "uhashring"),
+    ("owner of a string, against others", "md5 and bisect"),
+    ("owners of a buffer of int64, slot ring", bars.NUMPY),
+    *((what, peer) for what in bars.ONE_SHARD for peer in ("plain SQLAlchemy", "horizontal_shard")),
+    ("count of all rows, 4 shards", "the 4 shards at once, bare"),
+)
+"""What the short table holds."""
+
+
+def short(document: Mapping[str, Any]) -> documents.Table:
+    """The most telling rows."""
+    by_name = {(row["what"], row["peer"]): row for row in document["ratios"]}
+    found = [by_name[name] for name in SHORT if name in by_name]
+    return [
+        ["", "shardkit", "beside", "takes", "ratio"],
+        *(
+            [row["what"], _shown(row["shardkit"]), row["peer"], _shown(row["seconds"]), f"{row['ratio']:.2f}"]
+            for row in found
+        ),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--docs", type=Path, help="put the tables into this file")
+    parser.add_argument("--readme", type=Path, help="put the short table into this file")
     options, rest = parser.parse_known_args()
     path = measure(rest)
     if path is None:
@@ -117,9 +143,11 @@ def main() -> int:
         "\nMedians; the median of the ratios, shardkit / peer, of each round, in which they took turns; then the ratio "
         "of the fastest rounds."
     )
+    said = documents.measured(f"PostgreSQL {find_binaries().version}")
     if options.docs is not None:
-        said = documents.measured(f"`{path.name}`")
         documents.put(options.docs, COMMAND, said, *map(documents.markdown, tables(document)))
+    if options.readme is not None:
+        documents.put(options.readme, COMMAND, said, documents.markdown(short(document)))
     for drawn in plots.draw(document["ratios"], path):
         print(f"Drawn: {drawn.relative_to(HERE.parent)}")
     print(f"All of it is in {path.relative_to(HERE.parent)}")

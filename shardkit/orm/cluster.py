@@ -34,7 +34,7 @@ from shardkit.storage.topologies import read_copy, read_current
 from shardkit.storage.urls import sqlalchemy_url
 
 from .declare import declared_table, declared_tables, problems, tables_of_shard
-from .declared import declares
+from .declared import Admitted, declares
 from .ids import LEASES
 from .places import Problem
 from .planning.routing import Planner
@@ -67,6 +67,7 @@ class ShardCluster:
         self.catalog_url = catalog_url
         self.settle_seconds = settle_seconds
         self.router = Router(topology)
+        self.admitted = Admitted()
         self.ids = IdLeases(catalog_url)
         options = dict(engine_options or {})
         options["execution_options"] = {**options.get("execution_options", {}), LEASES: self.ids}

@@ -4,7 +4,7 @@ what each server numbers by itself must be known to be numbered apart."""
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sqlalchemy import FromClause, Table
 
@@ -43,6 +43,31 @@ def unsplit(topology: Topology, tables: Iterable[DeclaredTable]) -> list[Declare
             (split := topology.by_split.get((table.schema, table.name))) and split.column in table.numbered
         )
     ]
+
+
+class Admitted:
+    """Which tables statements may name under a topology, remembered for the newest that was asked of.
+
+    Tuples of tables are told by what they are, not by what they hold: a shape's, or a mapped class's, is the same one
+    each time. Shared by threads: to lose a race is to look once more.
+    """
+
+    def __init__(self, size: int = 1000) -> None:
+        self._size = size
+        self._known: tuple[Topology | None, dict[int, Collection[DeclaredTable]]] = (None, {})
+
+    def admits(self, topology: Topology, tables: Collection[DeclaredTable]) -> bool:
+        """Whether the topology holds all the tables, and knows them numbered apart; `DeclarationError`."""
+        of, known = self._known
+        if of is topology and known.get(id(tables)) is tables:
+            return True
+        if not declares(topology, tables) or unsplit(topology, tables):
+            return False
+        if isinstance(tables, tuple):  # which cannot change, and is kept: its id is nobody else's
+            if of is not topology or len(known) >= self._size:
+                self._known = _, known = topology, {}
+            known[id(tables)] = tables
+        return True
 
 
 def not_split(names: Iterable[str]) -> IdsNotSplit:

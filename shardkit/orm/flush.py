@@ -7,14 +7,15 @@ stale fence costs one new route. Instances whose key comes from a parent are lef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection
 from sqlalchemy.orm.attributes import instance_state
 
+from shardkit.core.errors import UnroutableQuery
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 
 from . import replicated
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from .session import ShardSession
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mapped:
-    """What a flush must know of a mapped class: its tables, its key (None if they are reference or home tables), and
-    the relationships that set the key."""
+    """What a flush must know of a mapped class: its tables, the attribute of its key (None if they are reference or
+    home tables), and the relationships that set the key."""
 
     tables: tuple[DeclaredTable, ...]
     key: str | None
@@ -62,24 +63,79 @@ def _find(mapper: Mapper[Any]) -> Mapped:
     return Mapped(tables, key.attribute, parents)
 
 
-@dataclass(frozen=True, slots=True)
-class _Several:
-    shards: frozenset[int]
+class Routed(NamedTuple):
+    """An instance that is written, as it was when its shard was chosen."""
+
+    attribute: str
+    value: Any
+    """Its key."""
+    position: int
+    tables: tuple[DeclaredTable, ...]
+
+
+class RoutedInstances:
+    """The instances of one flush that are written by their key.
+
+    SQLAlchemy asks for the connection of an instance before it calls ``before_insert`` and its like, which may change
+    the instance: so each is looked at again when all is written.
+    """
+
+    def __init__(self) -> None:
+        self._routed: dict[InstanceState[Any], Routed] = {}
+
+    def route(self, instance: object) -> Routed | None:
+        """Where an instance is written; None if its class has no key. `KeyTypeError`, `IdMismatch`, `UnroutableQuery`
+        where its key was changed."""
+        state = instance_state(instance)
+        known = self._routed.get(state)
+        if known is not None and state.dict.get(known.attribute, _ABSENT) is known.value:
+            return known
+        facts = mapped(state.mapper)
+        if facts.key is None:
+            return None
+        at = instance_position(instance)
+        vet_instance(instance, at)
+        known = self._routed[state] = Routed(facts.key, state.dict.get(facts.key), at, facts.tables)
+        return known
+
+    def end(self) -> None:
+        """Forget them; `UnroutableQuery` if one has got another key since."""
+        routed, self._routed = self._routed, {}
+        for state, (attribute, value, *_) in routed.items():
+            now = state.dict.get(attribute, value)
+            if now is not value and now != value:
+                raise UnroutableQuery(
+                    f"The shard key {attribute} of {state.class_.__name__} was changed from {value!r} to {now!r} while "
+                    "it was flushed, when its shard had been chosen. Nothing was written.",
+                    hint="Set shard keys before the flush, or in a `before_flush` event; not in `before_insert` or "
+                    "`before_update`.",
+                    reason="changed-key",
+                )
+
+
+_ABSENT = object()
+
+
+class _Several(NamedTuple):
+    shards: Collection[int]
 
 
 def provision_flush(session: ShardSession) -> None:
     """Give new instances their default keys and hold every shard that is known to be written."""
     positions: set[int] = set()
-    tables: set[DeclaredTable] = set()
+    classes: set[Mapped] = set()
+    routed = session.routed = RoutedInstances()
     with leasing(session.cluster.ids):
         for instance, facts in _to_be_written(session):
-            if facts.key is not None:
-                at = instance_position(instance)
-                vet_instance(instance, at)
-                positions.add(at)
-            tables.update(facts.tables)
-    if not tables:
+            found = routed.route(instance)
+            if found is not None:
+                positions.add(found.position)
+            classes.add(facts)
+    if not classes:
         return
+    tables = tuple({table for facts in classes for table in facts.tables})
+    if len(classes) == 1:
+        (tables,) = (facts.tables for facts in classes)
     references = [table for table in tables if isinstance(table, ReferenceTable)]
     homes = {table.shard for table in tables if isinstance(table, HomeTable)}
     replicated.admit(session.mode, references)
@@ -87,7 +143,7 @@ def provision_flush(session: ShardSession) -> None:
     def route(topology: Topology) -> _Several:
         owners = set(map(topology.ring.owner_at, positions))
         owners.update(topology.named(name).id for name in homes)
-        return _Several(frozenset(topology.by_id if references else owners))
+        return _Several(topology.by_id.keys() if references else owners)
 
     shards = session.shards.provision(route, tables=tables, writes=True).shards
     replicated.lock(session, references, shards)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sqlalchemy import Connection, Engine, Executable, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from shardkit.core.errors import ShardUnreachable, UnroutableQuery, UsageError
@@ -27,9 +26,7 @@ from shardkit.storage.scope import MODES, Mode
 from . import bulk, partial, rehoming, replicas, replicated
 from .byhand import vet_named
 from .dispatch import Dispatch
-from .flush import mapped, provision_flush
-from .keys import instance_position
-from .planning.carriers import vet_instance
+from .flush import RoutedInstances, provision_flush
 from .planning.routing import Plan, Route
 from .planning.whole import EveryShardPlan
 from .replicas import ReadFrom, ReplicaTransaction
@@ -91,6 +88,7 @@ class ShardSession(Session):
         self._everywhere = _Everywhere(self)
         self._shards: ShardTransaction | None = None
         self._replicas: ReplicaTransaction | None = None
+        self.routed = RoutedInstances()
         self._pinned: Engine | None = None
 
     # --- the transaction -------------------------------------------------------------------------------------------
@@ -250,12 +248,10 @@ class ShardSession(Session):
         return None if self._pinned is not None else self._connection_for_instance
 
     def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Any:
-        facts = mapped(instance_state(instance).mapper)
-        if facts.key is None:  # a reference or home table: the statement itself says where it runs
+        routed = self.routed.route(instance)
+        if routed is None:  # a reference or home table: the statement itself says where it runs
             return self._everywhere.dispatch
-        at = instance_position(instance)
-        vet_instance(instance, at)
-        return self.provision_position(at, facts.tables)
+        return self.provision_position(routed.position, routed.tables)
 
     def rehome(self, instance: object, key: Any) -> None:
         """Give a persistent instance, whose row nothing refers to, another shard key: the row is deleted where it lives
@@ -334,6 +330,11 @@ def _refuse_legacy(name: str) -> NoReturn:
 @event.listens_for(ShardSession, "before_flush")
 def _before_flush(session: ShardSession, *_: Any) -> None:
     provision_flush(session)
+
+
+@event.listens_for(ShardSession, "after_flush")
+def _after_flush(session: ShardSession, *_: Any) -> None:
+    session.routed.end()
 
 
 @event.listens_for(ShardSession, "after_transaction_create")

@@ -59,11 +59,6 @@ class Routed(Protocol):
 R = TypeVar("R", bound=Routed)
 
 
-def _admits(topology: Topology, tables: Collection[DeclaredTable]) -> bool:
-    """Whether statements on these tables may run under a topology."""
-    return declares(topology, tables) and not unsplit(topology, tables)
-
-
 class ShardTransaction:
     """The shards that a session's outermost transaction has open, and the topology they are under."""
 
@@ -71,6 +66,7 @@ class ShardTransaction:
         self._session = session
         self._cluster = session.cluster
         self._engines = session.engines
+        self._admits = session.cluster.admitted.admits
         self._opened: dict[int, Connection] = {}
         self.scope = Scope(session.mode)
         self.topology: Topology | None = None
@@ -94,7 +90,7 @@ class ShardTransaction:
         `CrossShardWrite` before any shard is opened for it.
         """
         topology = self.topology
-        if topology is not None and _admits(topology, tables) and self._holds_all(topology):
+        if topology is not None and self._admits(topology, tables) and self._holds_all(topology):
             found = route(topology)
             if self.scope.participants.keys() >= set(found.shards):
                 if writes:
@@ -112,7 +108,7 @@ class ShardTransaction:
         topology = self.topology or self._cluster.router.topology
         waiting = Waiting(self._engines.pause, self._cluster.settle_seconds)
         while True:
-            if not _admits(topology, tables):
+            if not self._admits(topology, tables):
                 topology = self._admitting(topology, tables)
             found = route(topology)
             if writes:
@@ -165,7 +161,7 @@ class ShardTransaction:
     def _admitting(self, topology: Topology, tables: Collection[DeclaredTable]) -> Topology:
         """A newer topology that holds the tables; `UndeclaredTable`, `IdsNotSplit`."""
         newer = self._cluster.router.newer_than(topology.version, self._engines)
-        if newer is not None and _admits(newer, tables):
+        if newer is not None and self._admits(newer, tables):
             return newer
         latest = newer or topology
         if not declares(latest, tables):

@@ -358,6 +358,70 @@ def test_a_changed_key(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
             session.flush()
 
 
+@contextmanager
+def on(name: str, handler: Any, target: Any = User) -> Iterator[None]:
+    """An event handler of an application, for the block."""
+    event.listen(target, name, handler)
+    try:
+        yield
+    finally:
+        event.remove(target, name, handler)
+
+
+@pytest.mark.parametrize("name", ["before_insert", "before_update"])
+def test_a_key_that_an_event_changes_when_its_shard_is_chosen(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int], name: str
+) -> None:
+    def rekey(mapper: Any, connection: Any, user: User) -> None:
+        user.id = keys[1] + 1000
+
+    sharded.admin("s0").execute("DELETE FROM public.posts")  # which hold the key of their user
+    with on(name, rekey), cluster.sessionmaker()() as session:
+        if name == "before_insert":
+            session.add(User(id=keys[0] + 1000, name="new"))
+        else:
+            session.get_one(User, keys[0]).name = "changed"
+        with pytest.raises(UnroutableQuery, match="The shard key id of User was changed"):
+            session.commit()
+    assert not sharded.holding("SELECT FROM public.users WHERE id > 1000 OR name IN ('new', 'changed')")
+    with cluster.sessionmaker().begin() as session:  # the next flush knows nothing of it
+        session.get_one(User, keys[0]).name = "again"
+    assert sharded.holding("SELECT FROM public.users WHERE name = 'again'") == ["s0"]
+
+
+@pytest.mark.parametrize("name", ["before_insert", "before_update"])
+def test_an_event_may_change_the_rest(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int], name: str
+) -> None:
+    def sign(mapper: Any, connection: Any, user: User) -> None:
+        user.name, user.id = "signed", int(str(user.id))  # the same key
+
+    with on(name, sign), cluster.sessionmaker().begin() as session:
+        if name == "before_insert":
+            session.add(User(id=keys[0] + 1000, name="new"))
+        else:
+            session.get_one(User, keys[0]).score += 1
+    assert sharded.holding("SELECT FROM public.users WHERE name = 'signed'") == [
+        sharded.owner(keys[0] + 1000 * (name == "before_insert"))
+    ]
+
+
+def test_a_key_that_is_changed_before_the_flush(
+    sharded: ShardedCluster, cluster: shardkit.ShardCluster, keys: list[int]
+) -> None:
+    """By an event that comes after the session's own."""
+
+    def rekey(session: Any, *_: Any) -> None:
+        for instance in session.new:
+            instance.id = keys[1] + 1000
+
+    Session = cluster.sessionmaker()
+    with on("before_flush", rekey, Session), Session.begin() as session:
+        session.add(User(id=keys[0] + 1000, name="new"))
+    found = sharded.holding("SELECT FROM public.users WHERE id = %s", keys[1] + 1000)
+    assert found == [sharded.owner(keys[1] + 1000)]
+
+
 def test_an_explicit_shard(cluster: shardkit.ShardCluster, keys: list[int]) -> None:
     # Text is taken for a write unless it says that it is none.
     count = text("SELECT count(*) FROM public.users").execution_options(shardkit_writes=False)
