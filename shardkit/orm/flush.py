@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .session import ShardSession
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Mapped:
     """What a flush must know of a mapped class: its tables, the attribute of its key (None if they are reference or
     home tables), and the relationships that set the key."""
@@ -36,6 +37,16 @@ class Mapped:
     tables: tuple[DeclaredTable, ...]
     key: str | None
     parents: tuple[str, ...]
+
+    @cached_property
+    def references(self) -> tuple[ReferenceTable, ...]:
+        """Those of the tables that every shard holds."""
+        return tuple(table for table in self.tables if isinstance(table, ReferenceTable))
+
+    @cached_property
+    def homes(self) -> frozenset[str]:
+        """The names of the shards that hold the others, if they are on one."""
+        return frozenset(table.shard for table in self.tables if isinstance(table, HomeTable))
 
 
 _mapped: WeakKeyDictionary[Mapper[Any], Mapped] = WeakKeyDictionary()
@@ -133,20 +144,27 @@ def provision_flush(session: ShardSession) -> None:
             classes.add(facts)
     if not classes:
         return
-    tables = tuple({table for facts in classes for table in facts.tables})
-    if len(classes) == 1:
-        (tables,) = (facts.tables for facts in classes)
-    references = [table for table in tables if isinstance(table, ReferenceTable)]
-    homes = {table.shard for table in tables if isinstance(table, HomeTable)}
-    replicated.admit(session.mode, references)
+    written = _together(classes)
+    replicated.admit(session.mode, written.references)
 
     def route(topology: Topology) -> _Several:
+        if written.references:
+            return _Several(topology.by_id.keys())
         owners = set(map(topology.ring.owner_at, positions))
-        owners.update(topology.named(name).id for name in homes)
-        return _Several(topology.by_id.keys() if references else owners)
+        owners.update(topology.named(name).id for name in written.homes)
+        return _Several(owners)
 
-    shards = session.shards.provision(route, tables=tables, writes=True).shards
-    replicated.lock(session, references, shards)
+    shards = session.shards.provision(route, tables=written.tables, writes=True).shards
+    if written.references:
+        replicated.lock(session, written.references, shards)
+
+
+def _together(classes: Collection[Mapped]) -> Mapped:
+    """What is written, as if it were of one class."""
+    if len(classes) == 1:
+        (only,) = classes
+        return only
+    return Mapped(tuple({table for facts in classes for table in facts.tables}), None, ())
 
 
 def _to_be_written(session: ShardSession) -> Iterator[tuple[object, Mapped]]:

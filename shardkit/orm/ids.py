@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -169,14 +167,19 @@ def lease_ids(catalog: str | None) -> None:
     _of_process = None if catalog is None else IdLeases(catalog)
 
 
-@contextmanager
-def leasing(leases: IdLeases | None) -> Iterator[None]:
+class leasing:
     """Defaults that are evaluated in the block, before a shard is chosen, use these leases."""
-    token = _current.set(leases)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+
+    __slots__ = ("_leases", "_token")
+
+    def __init__(self, leases: IdLeases | None) -> None:
+        self._leases = leases
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._leases)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
 
 
 def _leases(context: Any) -> IdLeases:

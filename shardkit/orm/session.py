@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from .cluster import ShardCluster
 
 
+_NOT_TAKEN = {"bind", "binds", "twophase"}
+
+
 class OneShard:
     """The route of a position, or of a shard that was named."""
 
@@ -72,8 +75,8 @@ class ShardSession(Session):
         scatter: Policy = "allow",
         **options: Any,
     ) -> None:
-        for name in ("bind", "binds", "twophase"):
-            if options.pop(name, None):
+        for name in _NOT_TAKEN.intersection(options):
+            if options.pop(name):
                 raise UsageError(
                     f"A session over shards takes no {name!r}.", hint="Its shards come from the cluster."
                 )
