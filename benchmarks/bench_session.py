@@ -7,6 +7,7 @@ Everybody does the same work on the same rows of the same server. Objects of one
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import count
@@ -25,7 +26,7 @@ from tests.sharded import Base, Post, ShardedCluster, User
 from tests.wire import counting
 
 from . import plainsharding
-from .conftest import Peer, Run, Versus
+from .conftest import Peer, Run, Versus, each
 
 USERS = 200
 POSTS = 10
@@ -33,6 +34,7 @@ MANY = 10_000
 
 CALLS = 20
 """Over so many calls round trips are counted."""
+STATEMENTS = 1000
 
 Maker = sessionmaker[Any]
 OURS, PLAIN, HORIZONTAL = "shardkit", "plain SQLAlchemy", "horizontal_shard"
@@ -224,6 +226,25 @@ def test_known_object(versus: Versus, sides: Sides) -> None:
     others = {PLAIN: Peer(sqlalchemy.__version__, _known(sides.plain))}
     others[HORIZONTAL] = Peer(sqlalchemy.__version__, _known(sides.horizontal))
     versus("session.get of an object that is known", _known(sides.sharded), others, times=100)
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
+def test_route(versus: Versus, sides: Sides) -> None:
+    """What routing adds to a statement whose shape is known, in CPU time. That of the statement's cache key is
+    SQLAlchemy's own, and spent already."""
+    cluster = sides.sharded.kw["cluster"]
+    dialect, planner, topology = cluster.dialect, cluster.planner, cluster.topology
+    compiled: dict[Any, Any] = {}
+    statements: list[Any] = [select(User).where(User.id == number) for number in range(STATEMENTS)]
+    for statement in statements:
+        statement._generate_cache_key()
+
+    def compile_(statement: Any) -> None:
+        statement._compile_w_cache(dialect, compiled_cache=compiled, column_keys=[])
+
+    others = {"its SQL, from SQLAlchemy's cache": Peer(sqlalchemy.__version__, each(compile_, statements))}
+    run = each(lambda statement: planner.plan(statement).route(topology), statements)
+    versus("the route of a select by key", run, others, times=STATEMENTS)
 
 
 # --- asyncio ---------------------------------------------------------------------------------------------------------
