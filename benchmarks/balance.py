@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -27,7 +26,7 @@ from shardkit.core.placement import initial, plan
 from shardkit.core.ring import Ring, position
 from shardkit.core.topology import Fence, Shard, Topology
 
-from . import documents
+from . import documents, peers
 
 RESULTS = Path(__file__).parent / "results"
 COMMAND = "python -m benchmarks.balance --docs"
@@ -149,7 +148,7 @@ def schemes() -> Iterator[tuple[str, Scheme]]:
         ("ketama", "ketama", "ketama (C)", _ketama),
         ("jump", "jump-consistent-hash", "jump-consistent-hash", _jump),
     ):
-        if find_spec(module) is not None:
+        if peers.is_there(module):
             yield f"{name} {version(package)}", partial(_always, place)
     yield "position % nodes", partial(_always, _modulo)
 

@@ -11,7 +11,6 @@ from functools import partial
 from hashlib import md5
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from tempfile import NamedTemporaryFile
 from typing import Any
 
@@ -87,8 +86,17 @@ def _installed(known: dict[str, tuple[str, str, Maker]]) -> dict[str, tuple[str,
     return {
         name: (version(package), make)
         for name, (module, package, make) in known.items()
-        if find_spec(module) is not None
+        if is_there(module)
     }
+
+
+def is_there(module: str) -> bool:
+    """Whether it is installed, and for this version of Python."""
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 class NumpyRing:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import psycopg
 
-from shardkit.core.errors import IncompatibleServer, PreflightFailed
+from shardkit.core.errors import IncompatibleServer, PreflightFailed, ShardUnreachable
 from shardkit.core.move import Mode
 from shardkit.core.topology import Shard, ShardedTable, Topology
 from shardkit.storage import (
@@ -44,7 +44,8 @@ def check(
 ) -> None:
     """Raise `PreflightFailed` with every reason why rows cannot move from ``source`` to ``target`` in this mode, and,
     if the source is to be kept, why they could not go ``back``. A topology that is not ``in_force`` yet may have fences
-    that no shard has."""
+    that no shard has. `ShardUnreachable` where all else is well in the midst of a job, but one server cannot reach the
+    other."""
     here, there = shards.get(source), shards.get(target)
     if mode is Mode.AUTO:
         mode = Mode.LOGICAL if servers.replicates_logically(here) else Mode.LOCKED
@@ -86,10 +87,15 @@ def check(
         reasons.append(
             "no table is declared, so nothing would be carried (`shardkit schema declare MODULE:ATTR` declares them)"
         )
+    away: list[str] = []
     if replicated:
-        reasons += _reachable(here, there, source, target)
+        away += _reachable(here, there, source, target)
         if back:
-            reasons += _reachable(there, here, target, source)
+            away += _reachable(there, here, target, source)
+    if away and in_force and not reasons:
+        # They reached each other when the job was made.
+        raise ShardUnreachable(f"{away[0][0].upper()}{away[0][1:]}", shard=source.name)
+    reasons += away
     if reasons:
         raise PreflightFailed(
             f"Rows cannot move from {source.name} to {target.name}:\n"
