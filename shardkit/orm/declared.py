@@ -46,7 +46,7 @@ def unsplit(topology: Topology, tables: Iterable[DeclaredTable]) -> list[Declare
 
 
 class Admitted:
-    """Which tables statements may name under a topology, remembered for the newest that was asked of.
+    """Which tables statements may name under a topology, remembered for the one that was asked of last.
 
     Tuples of tables are told by what they are, not by what they hold: a shape's, or a mapped class's, is the same one
     each time. Shared by threads: to lose a race is to look once more.

@@ -7,7 +7,7 @@ stale fence costs one new route. Instances whose key comes from a parent are lef
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +34,7 @@ class Mapped:
     """What a flush must know of a mapped class: its tables, the attribute of its key (None if they are reference or
     home tables), and the relationships that set the key."""
 
-    tables: tuple[DeclaredTable, ...]
+    tables: Sequence[DeclaredTable]
     key: str | None
     parents: tuple[str, ...]
 
@@ -78,50 +78,62 @@ class Routed(NamedTuple):
     """An instance that is written, as it was when its shard was chosen."""
 
     attribute: str
-    value: Any
-    """Its key."""
+    key: Any
     position: int
-    tables: tuple[DeclaredTable, ...]
+    tables: Sequence[DeclaredTable]
 
 
 class RoutedInstances:
     """The instances of one flush that are written by their key.
 
     SQLAlchemy asks for the connection of an instance before it calls ``before_insert`` and its like, which may change
-    the instance: so each is looked at again when all is written.
+    the instance: so each that it asked for is looked at again when all is written.
     """
 
     def __init__(self) -> None:
-        self._routed: dict[InstanceState[Any], Routed] = {}
+        self._expected: dict[InstanceState[Any], Routed] = {}
+        self._asked: dict[InstanceState[Any], Routed] = {}
 
-    def route(self, instance: object) -> Routed | None:
-        """Where an instance is written; None if its class has no key. `KeyTypeError`, `IdMismatch`, `UnroutableQuery`
+    def expect(self, instance: object, facts: Mapped) -> int:
+        """The position of an instance that is about to be written. `KeyTypeError`, `IdMismatch`, `UnroutableQuery`
         where its key was changed."""
+        assert facts.key is not None
         state = instance_state(instance)
-        known = self._routed.get(state)
-        if known is not None and state.dict.get(known.attribute, _ABSENT) is known.value:
-            return known
-        facts = mapped(state.mapper)
-        if facts.key is None:
-            return None
         at = instance_position(instance)
         vet_instance(instance, at)
-        known = self._routed[state] = Routed(facts.key, state.dict.get(facts.key), at, facts.tables)
-        return known
+        self._expected[state] = Routed(facts.key, state.dict.get(facts.key), at, facts.tables)
+        return at
+
+    def ask(self, instance: object) -> Routed | None:
+        """Where an instance is written; None if its class has no key. Raises as `expect`."""
+        state = instance_state(instance)
+        found = self._expected.get(state)
+        if found is not None and state.dict.get(found.attribute, _ABSENT) is found.key:
+            vet_instance(instance, found.position)  # its id may be new
+        else:
+            facts = mapped(state.mapper)
+            if facts.key is None:
+                return None
+            self.expect(instance, facts)
+            found = self._expected[state]
+        self._asked.setdefault(state, found)  # asked again, it is judged by the first answer
+        return found
 
     def end(self) -> None:
-        """Forget them; `UnroutableQuery` if one has got another key since."""
-        routed, self._routed = self._routed, {}
-        for state, (attribute, value, *_) in routed.items():
-            now = state.dict.get(attribute, value)
-            if now is not value and now != value:
+        """Forget them; `UnroutableQuery` if one has got another key since, `IdMismatch` if an id of another slot."""
+        asked, self._asked, self._expected = self._asked, {}, {}
+        for state, (attribute, key, at, _) in asked.items():
+            now = state.dict.get(attribute, key)
+            if now is not key and now != key:
                 raise UnroutableQuery(
-                    f"The shard key {attribute} of {state.class_.__name__} was changed from {value!r} to {now!r} while "
+                    f"The shard key {attribute} of {state.class_.__name__} was changed from {key!r} to {now!r} while "
                     "it was flushed, when its shard had been chosen. Nothing was written.",
                     hint="Set shard keys before the flush, or in a `before_flush` event; not in `before_insert` or "
                     "`before_update`.",
                     reason="changed-key",
                 )
+            if (instance := state.obj()) is not None:
+                vet_instance(instance, at)
 
 
 _ABSENT = object()
@@ -138,9 +150,8 @@ def provision_flush(session: ShardSession) -> None:
     routed = session.routed = RoutedInstances()
     with leasing(session.cluster.ids):
         for instance, facts in _to_be_written(session):
-            found = routed.route(instance)
-            if found is not None:
-                positions.add(found.position)
+            if facts.key is not None:
+                positions.add(routed.expect(instance, facts))
             classes.add(facts)
     if not classes:
         return
@@ -164,7 +175,7 @@ def _together(classes: Collection[Mapped]) -> Mapped:
     if len(classes) == 1:
         (only,) = classes
         return only
-    return Mapped(tuple({table for facts in classes for table in facts.tables}), None, ())
+    return Mapped(list({table for facts in classes for table in facts.tables}), None, ())
 
 
 def _to_be_written(session: ShardSession) -> Iterator[tuple[object, Mapped]]:

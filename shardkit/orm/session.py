@@ -8,7 +8,7 @@ shard, so an object that was loaded before a move is refreshed and flushed where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -133,7 +133,7 @@ class ShardSession(Session):
         partial.report(missing, [str(error.fields["shard"]) for error in away.values()])
         return route._replace(shards=answering)
 
-    def provision_position(self, at: int, tables: tuple[DeclaredTable, ...] = ()) -> Connection:
+    def provision_position(self, at: int, tables: Sequence[DeclaredTable] = ()) -> Connection:
         """The connection to the shard that owns a position, behind its fence."""
         shards = self.shards
         (shard_id,) = shards.provision(
@@ -251,7 +251,7 @@ class ShardSession(Session):
         return None if self._pinned is not None else self._connection_for_instance
 
     def _connection_for_instance(self, mapper: Any = None, instance: Any = None, **_: Any) -> Any:
-        routed = self.routed.route(instance)
+        routed = self.routed.ask(instance)
         if routed is None:  # a reference or home table: the statement itself says where it runs
             return self._everywhere.dispatch
         return self.provision_position(routed.position, routed.tables)

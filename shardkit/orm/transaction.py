@@ -196,8 +196,10 @@ class ShardTransaction:
                 f"Shard {participant.shard_name} left the cluster while this transaction had it open.",
                 shard=participant.shard_name,
             )
-        self._run(raw_of(participant).rollback())
-        raw_of(participant).left()
+        raw = raw_of(participant)
+        raw.wait_at_end()  # here, and not in the COMMIT of the others
+        self._run(raw.rollback())
+        raw.left()
         del self.scope.participants[participant.shard_id]
 
     def _hold_also(self, participant: Participant, shard: Shard, waiting: Waiting) -> None:

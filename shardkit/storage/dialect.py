@@ -248,7 +248,7 @@ class _GuardedDialect(AnsweringDialect):
             # Nothing is left to roll back; the pool must not have it again.
             dbapi_connection.invalidate()
         elif raw.source is not None:
-            # A replica ends connections that are in the way of its replay, and this is how one learns of it.
+            # A replica ends connections that are in the way of its replay.
             with _lost_is_ended(dbapi_connection, raw):
                 super().do_rollback(dbapi_connection)  # type: ignore[no-untyped-call]
         else:

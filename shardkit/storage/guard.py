@@ -149,12 +149,14 @@ class _Guarded(BaseConnection[Any]):
     def _roll_back_soon(self) -> bool:
         """Send ROLLBACK, whose answer the next user of the connection reads; False if that has to be waited for.
 
-        What was only read is not taken back by it: it lets the fence go, as soon as the server has the message. Nothing
-        was made or dropped either that would spoil prepared statements, which the driver gives up on a ROLLBACK.
+        What was only read is not taken back by it: it lets the fence go, as soon as the server has the message. And no
+        statement made or dropped anything that would spoil those prepared, which the driver gives up on a ROLLBACK.
         """
         if self._owed:  # SQLAlchemy's pool rolls back what its session has
             return True
-        if not self._only_read or self.pgconn.transaction_status != INTRANS or self._pipeline:
+        if not self._only_read or self.wrote or self._pipeline:
+            return False
+        if self.pgconn.transaction_status != INTRANS:
             return False
         self.pgconn.send_query(b"ROLLBACK")
         self._owed = True
@@ -165,6 +167,9 @@ class _Guarded(BaseConnection[Any]):
         self._owed = False
         self.pgconn.consume_input()  # where it has arrived, there is nothing to poll for
         results = yield from generators.execute(self.pgconn)
+        if self.pgconn.transaction_status == INERROR:  # somebody cancelled it: no business of who comes now
+            yield from self._simple(b"ROLLBACK")
+            return
         for result in results:
             if result.status == pq.ExecStatus.FATAL_ERROR:
                 raise errors.error_from_result(result, encoding=self.info.encoding)
@@ -292,6 +297,10 @@ class _Guarded(BaseConnection[Any]):
         self._only_read = True
         self.scope = guard.scope
         guard.scope.participants[self.shard_id] = self
+
+    def wait_at_end(self) -> None:
+        """The end of this transaction is waited for, whatever it did."""
+        self._only_read = False
 
     def left(self) -> None:
         """No transaction is open."""

@@ -77,6 +77,16 @@ def savepoint(session: ShardSession, key: int) -> None:
         get(session, key)
 
 
+def told(session: ShardSession, key: int) -> None:
+    get(session, key)
+    driver(session, key).wait_at_end()
+
+
+def read_by_text(session: ShardSession, key: int) -> None:
+    """Which counts as a writer: its function may write."""
+    session.connection(key=key).execute(text("SELECT 1"))
+
+
 def fail(session: ShardSession, key: int) -> None:
     with pytest.raises(ProgrammingError):
         session.connection(key=key).execute(text("SELECT no_such_column"))
@@ -90,7 +100,7 @@ def test_what_only_read_is_not_waited_for(kind: Kind, cluster: ShardCluster, key
 
 
 @both_kinds
-@pytest.mark.parametrize("work", [lock, lock_by_function, change, savepoint, fail])
+@pytest.mark.parametrize("work", [lock, lock_by_function, change, savepoint, read_by_text, told, fail])
 def test_what_did_more_is(kind: Kind, cluster: ShardCluster, key: int, work: Work) -> None:
     raw, status = ended(kind, cluster, key, work)
     assert status in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN)  # unknown: closed with its pool
@@ -148,6 +158,20 @@ def test_a_server_that_ended_the_connection_meanwhile(
         ]
         get(session, key)
         assert driver(session, key) is not raw
+
+    Both(kind, cluster).run(twice)
+
+
+@both_kinds
+def test_a_rollback_that_somebody_cancelled(kind: Kind, cluster: ShardCluster, key: int) -> None:
+    def twice(session: ShardSession) -> None:
+        get(session, key)
+        raw = driver(session, key)
+        raw.pgconn.send_query(b"SELECT 1 / 0")  # fails as that would, and leaves the transaction open
+        raw._owed = True
+        session.rollback()
+        get(session, key)
+        assert driver(session, key) is raw
 
     Both(kind, cluster).run(twice)
 

@@ -49,6 +49,7 @@ from shardkit.core.keyrange import ArcSet, slot_arc, slot_of
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
 from shardkit.orm.declare import problems
+from shardkit.orm.flush import RoutedInstances
 from shardkit.orm.planning import idrouting
 from shardkit.orm.planning.carriers import carriers
 from shardkit.storage.urls import sqlalchemy_url
@@ -311,6 +312,25 @@ def test_given_ids_of_another_slot_are_refused(cluster: shardkit.ShardCluster) -
         session.add(Author(name="x", pictures=[Picture(id=other_id(8))]))
         with pytest.raises(IdMismatch):
             session.flush()
+
+
+def test_an_id_that_an_event_gives_is_vetted(cluster: shardkit.ShardCluster) -> None:
+    def give(session: Any, *_: Any) -> None:
+        for instance in session.new:
+            instance.id = other_id(7)
+
+    Session = cluster.sessionmaker()
+    event.listen(Session, "before_flush", give)  # after the session's own
+    with Session() as session, statements(cluster) as sent:
+        session.add(Picture(author_id=7))
+        with pytest.raises(IdMismatch):
+            session.flush()
+        assert sent == []
+    picture, routed = Picture(author_id=7), RoutedInstances()
+    assert routed.ask(picture)
+    picture.id = other_id(7)  # as by before_insert, which comes later
+    with pytest.raises(IdMismatch):
+        routed.end()
 
 
 def test_changed_ids_keep_their_slot(cluster: shardkit.ShardCluster, pictures: dict[str, int]) -> None:
