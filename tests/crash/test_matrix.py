@@ -78,8 +78,8 @@ ALL_EVENTS = (*EVENTS, SILENT_LONG, PEERS_LONG)
 BY_NAME = {event.name: event for event in ALL_EVENTS}
 
 AGAIN = {
-    **dict.fromkeys(("closing", "catalog.propose", "catalog.record"), (2, 3)),
-    **dict.fromkeys(("drop_subscription", "drop_publication", "drop_slot", "delete_rows"), (2,)),
+    **dict.fromkeys(("catalog.propose", "catalog.record"), (2, 3)),
+    **dict.fromkeys(("closing", "drop_subscription", "drop_publication", "drop_slot", "delete_rows"), (2,)),
     "catalog.note": (2, 3, 4),
     "catalog.enter": (2, 3, 4, 5, 6, 7, 8),
 }
