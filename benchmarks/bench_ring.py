@@ -17,7 +17,7 @@ import pytest
 import shardkit
 from shardkit.core import _pyring
 from shardkit.core.keyrange import SLOTS, slot_arc
-from shardkit.core.ring import Key, Ring
+from shardkit.core.ring import Key, Ring, positions
 
 from . import peers
 from .conftest import Peer, Versus, each
@@ -83,6 +83,13 @@ def test_batch(versus: Versus, name: str) -> None:
     keys = numpy.frombuffer(MANY, dtype=numpy.int64)
     others = {"numpy, hash and searchsorted": Peer(numpy.__version__, lambda: other.owners(keys))}
     versus(f"owners of a buffer of int64, {name}", lambda: ring.owners(MANY), others, times=BATCH)
+
+
+def test_hash(versus: Versus) -> None:
+    """What a look-up of many costs before it has looked anything up."""
+    ring = _slots()
+    all_of_it = {"with the look-up, slot ring": Peer(shardkit.__version__, lambda: ring.owners(MANY))}
+    versus("positions of a buffer of int64", lambda: positions(MANY), all_of_it, times=BATCH)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import count
 from typing import Any, NamedTuple
 
+import psycopg
 import pytest
 import sqlalchemy
 from sqlalchemy import Engine, create_engine, delete, func, insert, select
@@ -226,6 +227,20 @@ def test_known_object(versus: Versus, sides: Sides) -> None:
     others = {PLAIN: Peer(sqlalchemy.__version__, _known(sides.plain))}
     others[HORIZONTAL] = Peer(sqlalchemy.__version__, _known(sides.horizontal))
     versus("session.get of an object that is known", _known(sides.sharded), others, times=100)
+
+
+def test_begin(versus: Versus, sides: Sides) -> None:
+    """What the fence costs, beside a transaction without one: the messages themselves, and the server's answer."""
+    shard = sides.sharded.kw["cluster"].topology.shards[0]
+    fence = f'BEGIN; LOCK TABLE shardkit."{shard.fence.relation}" IN ACCESS SHARE MODE'.encode()
+    with closing(psycopg.connect(shard.url)) as connection:
+
+        def begin(message: bytes) -> None:
+            connection.pgconn.exec_(message)
+            connection.pgconn.exec_(b"ROLLBACK")
+
+        others = {"BEGIN, ROLLBACK": Peer(psycopg.__version__, lambda: begin(b"BEGIN"))}
+        versus("BEGIN with LOCK of the fence, ROLLBACK", lambda: begin(fence), others)
 
 
 @pytest.mark.benchmark(timer=time.thread_time)

@@ -16,8 +16,8 @@ import platform
 import sys
 import time
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,17 +25,20 @@ from types import FrameType
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.orm import sessionmaker
 
 import shardkit
 from shardkit.core.keyrange import SLOTS, slot_arc
 from shardkit.core.ring import Ring
 from shardkit.dev import Clusters
-from tests.sharded import Post, ShardedCluster, User
+from shardkit.storage.urls import sqlalchemy_url
+from tests.sharded import Base, Post, ShardedCluster, User
 
 from . import documents
 
 BASELINE = Path(__file__).with_name("baseline.json")
+COMMAND = "python -m benchmarks.guard --docs"
 PACKAGE = str(Path(shardkit.__file__).parent)
 ALLOWED = 1.1
 SECONDS = 20.0
@@ -45,20 +48,18 @@ KEYS = 10_000
 Work = Callable[[], object]
 
 
-def instructions(work: Work) -> int:
-    """Bytecode instructions of shardkit's modules in one call, in this thread; the fewest of a few calls."""
+def instructions(work: Work) -> Counter[str]:
+    """Bytecode instructions in one call, in this thread, by source file; the fewest of a few calls."""
 
-    def count_once() -> int:
-        counted = 0
+    def count_once() -> Counter[str]:
+        counted = Counter[str]()
 
         def inside(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal counted
-            counted += event == "opcode"
+            if event == "opcode":
+                counted[frame.f_code.co_filename] += 1
             return inside
 
         def entered(frame: FrameType, *_: Any) -> Any:
-            if not frame.f_code.co_filename.startswith(PACKAGE):
-                return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
             return inside
 
@@ -70,24 +71,47 @@ def instructions(work: Work) -> int:
             sys.settrace(before)
         return counted
 
-    for _ in range(3):
+    for _ in range(10):  # caches fill, and the driver prepares what is repeated
         work()
-    return min(count_once() for _ in range(3))
+    return min((count_once() for _ in range(3)), key=own)
 
 
-def sessions() -> Iterator[tuple[str, int]]:
-    """What the session costs in Python, on two shards of one server."""
+def own(counted: Counter[str]) -> int:
+    """Those of shardkit's own modules."""
+    return sum(count for path, count in counted.items() if path.startswith(PACKAGE))
+
+
+def sessions() -> Iterator[tuple[str, Counter[str], Counter[str]]]:
+    """What work costs a session in Python, on two shards of one server, and a plain one on a database of it."""
     with Clusters(1) as servers:
         os.environ["PGPASSFILE"] = str(servers[0].passfile)
-        urls = [servers[0].create_database(name) for name in ("catalog", "s0", "s1")]
-        sharded = ShardedCluster(urls[0], urls[1:])
+        urls = [servers[0].create_database(name) for name in ("catalog", "s0", "s1", "plain")]
+        sharded, engine = ShardedCluster(urls[0], urls[1:3]), create_engine(sqlalchemy_url(urls[3]))
+        Base.metadata.create_all(engine)
         with sharded.connect() as cluster:
-            make = cluster.sessionmaker()
-            with make.begin() as session:
-                session.add(User(id=7, name="user", posts=[Post(id=1, caption="caption")]))
-            for name, work in _works(make).items():
-                yield name, instructions(work)
+            both = (cluster.sessionmaker(), sessionmaker(engine))
+            for make in both:
+                with make.begin() as session:
+                    session.add(User(id=7, name="user", posts=[Post(id=1, caption="caption")]))
+            for (name, work), plain in zip(_works(both[0]).items(), _works(both[1]).values(), strict=True):
+                yield name, instructions(work), instructions(plain)
+        engine.dispose()
         sharded.close()
+
+
+def profile(found: Sequence[tuple[str, Counter[str], Counter[str]]]) -> documents.Table:
+    """Where the instructions are."""
+    parts = {"planning": "/orm/planning/", "session": "/orm/", "guard": "/storage/"}
+    table = [["instructions", "plain", "with shardkit", "its own", *parts]]
+    for name, counted, plain in found:
+        left = {path: count for path, count in counted.items() if path.startswith(PACKAGE)}
+        shares = []
+        for folder in parts.values():
+            those = [path for path in left if path.startswith(PACKAGE + folder)]
+            shares.append(sum(left.pop(path) for path in those))
+        row = (plain.total(), counted.total(), own(counted), *shares)
+        table.append([name, *(f"{number:,}" for number in row)])
+    return table
 
 
 def _works(make: Any) -> Mapping[str, Work]:
@@ -171,14 +195,16 @@ def within(measure: Callable[[], float], limit: float | None) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--write", action="store_true", help="make what is measured the baseline")
+    parser.add_argument("--docs", type=Path, help="put where the instructions are into this file")
     options = parser.parse_args()
     python = ".".join(platform.python_version_tuple()[:2])
     machine = f"{documents.processor()}, Python {python}"
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"instructions": {}, "times": {}}
     counts = baseline["instructions"].setdefault(python, {})
     times = baseline["times"].setdefault(machine, {})
+    seen = list(sessions())
     rows: list[tuple[str, float, float | None]] = [
-        (name, found, counts.get(name)) for name, found in sessions()
+        (name, own(counted), counts.get(name)) for name, counted, _ in seen
     ]
     if options.write:
         counts.update({name: found for name, found, _ in rows})
@@ -199,6 +225,8 @@ def main() -> int:
         for name, found, known in rows
     ]
     print(documents.aligned([[f"on {machine}", "now", "baseline", ""], *table]))
+    if options.docs is not None:
+        documents.put(options.docs, COMMAND, f"On Python {python}:", documents.markdown(profile(seen)))
     if options.write:
         BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n")
         return 0
