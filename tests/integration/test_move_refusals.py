@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from psycopg import sql
 
-from shardkit.core.errors import PreflightFailed
+from shardkit.core.errors import PreflightFailed, ShardUnreachable
 from shardkit.core.topology import ShardedTable
 from shardkit.rebalance import preflight
-from shardkit.storage import membership
+from shardkit.storage import membership, replication
 from shardkit.storage.connections import Connection, ShardConnections
 from tests.fix_shards import MakeShards, Shards
 
@@ -145,3 +145,18 @@ def test_sequences_that_cannot_go_on_on_the_target(
     found = reasons(shards)
     assert [text for text in found if "public.numbers" in text and reason and reason in text] == found
     assert bool(found) is bool(reason)
+
+
+def test_a_server_that_cannot_reach_the_other(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody begins such a move; one that is under way waits."""
+    monkeypatch.setattr(replication, "peer_conninfo", lambda _: "host=/nowhere")
+    assert [reason for reason in reasons(shards) if "the server of s2 cannot connect to s1" in reason]
+    topology = shards.topology()
+    with ShardConnections() as connections:
+        source, target = topology.named("s1"), topology.named("s2")
+        with pytest.raises(ShardUnreachable, match="The server of s2 cannot connect to s1"):
+            preflight.check(topology, source, target, connections, in_force=True)
+        # With a reason that does not pass by itself it is one more.
+        shards.on("s2").execute("ALTER TABLE public.things ADD COLUMN extra int")
+        with pytest.raises(PreflightFailed, match="cannot connect to s1"):
+            preflight.check(topology, source, target, connections, in_force=True)
