@@ -48,8 +48,19 @@ def measured(*further: str) -> str:
 
 def processor() -> str:
     """Its name, where the system tells."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
+def exact_processor() -> str:
+    """With the numbers by which makers tell theirs apart, which can share a name."""
+    numbers = "/".join(_told(field) or "?" for field in ("cpu family", "model", "stepping"))
+    return f"{processor()} {numbers}"
+
+
+def _told(field: str) -> str | None:
     listed = Path("/proc/cpuinfo")
-    names = (
-        [line for line in listed.read_text().splitlines() if "model name" in line] if listed.exists() else []
-    )
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    for line in listed.read_text().splitlines() if listed.exists() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return None

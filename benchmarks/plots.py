@@ -8,6 +8,27 @@ from pathlib import Path
 from typing import Any
 
 
+def short(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One drawing of a few rows: how long shardkit takes, as a multiple of what its peer takes."""
+    import_module("matplotlib").use("svg")
+    # Letters as text, and the same drawing of the same figures.
+    import_module("matplotlib").rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "shardkit"})
+    pyplot = import_module("matplotlib.pyplot")
+    names = [f"{row['what']}, beside {row['peer']}" for row in rows]
+    ratios = [row["ratio"] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(names) + 1))
+    bars = axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color="#2b6cb0")
+    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=4)
+    axes.axvline(1, color="#1a202c", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of shardkit / time of the peer, in the same run")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def draw(rows: Sequence[dict[str, Any]], beside: Path) -> Iterator[Path]:
     """One drawing of each benchmark that has several peers: the time of each, on a logarithmic axis."""
     # Not a requirement of the development: only who runs the benchmarks has it.

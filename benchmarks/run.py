@@ -21,6 +21,8 @@ from shardkit.dev import find_binaries
 
 HERE = Path(__file__).parent
 COMMAND = "make bench"
+DRAWING = "docs/benchmarks.svg"
+"""Of the short table, beside the README."""
 
 
 def measure(arguments: list[str]) -> Path | None:
@@ -113,15 +115,18 @@ SHORT = (
 
 def short(document: Mapping[str, Any]) -> documents.Table:
     """The most telling rows."""
-    by_name = {(row["what"], row["peer"]): row for row in document["ratios"]}
-    found = [by_name[name] for name in SHORT if name in by_name]
     return [
         ["", "shardkit", "beside", "takes", "ratio"],
         *(
             [row["what"], _shown(row["shardkit"]), row["peer"], _shown(row["seconds"]), f"{row['ratio']:.2f}"]
-            for row in found
+            for row in _telling(document)
         ),
     ]
+
+
+def _telling(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    by_name = {(row["what"], row["peer"]): row for row in document["ratios"]}
+    return [by_name[name] for name in SHORT if name in by_name]
 
 
 def main() -> int:
@@ -147,7 +152,9 @@ def main() -> int:
     if options.docs is not None:
         documents.put(options.docs, COMMAND, said, *map(documents.markdown, tables(document)))
     if options.readme is not None:
-        documents.put(options.readme, COMMAND, said, documents.markdown(short(document)))
+        drawing = f"![The same, drawn]({DRAWING})"
+        documents.put(options.readme, COMMAND, said, documents.markdown(short(document)), drawing)
+        plots.short(_telling(document), options.readme.parent / DRAWING)
     for drawn in plots.draw(document["ratios"], path):
         print(f"Drawn: {drawn.relative_to(HERE.parent)}")
     print(f"All of it is in {path.relative_to(HERE.parent)}")
