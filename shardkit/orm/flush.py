@@ -175,6 +175,7 @@ def _together(classes: Collection[Mapped]) -> Mapped:
     if len(classes) == 1:
         (only,) = classes
         return only
+    # A list: what is made for one flush is not worth remembering (`Admitted`).
     return Mapped(list({table for facts in classes for table in facts.tables}), None, ())
 
 

@@ -89,12 +89,14 @@ def check(
         )
     away: list[str] = []
     if replicated:
-        away += _reachable(here, there, source, target)
-        if back:
-            away += _reachable(there, here, target, source)
+        for giver, taker in ((source, target), (target, source)) if back else ((source, target),):
+            error = _unreached(shards.get(giver), shards.get(taker))
+            if error is not None:
+                text = f"the server of {taker.name} cannot connect to {giver.name}: {' '.join(str(error).split())}"
+                (away if isinstance(error, psycopg.errors.ConnectionFailure) else reasons).append(text)
     if away and in_force and not reasons:
         # They reached each other when the job was made.
-        raise ShardUnreachable(f"{away[0][0].upper()}{away[0][1:]}", shard=source.name)
+        raise ShardUnreachable(f"T{'; '.join(away)[1:]}", shard=source.name)
     reasons += away
     if reasons:
         raise PreflightFailed(
@@ -281,10 +283,10 @@ def _name(table: ShardedTable, connection: Connection) -> str:
     return relation(table).as_string(connection)
 
 
-def _reachable(here: Connection, there: Connection, source: Shard, target: Shard) -> list[str]:
+def _unreached(publisher: Connection, subscriber: Connection) -> psycopg.Error | None:
+    """Why one server cannot subscribe to the other."""
     try:
-        replication.probe_subscription(there, "shardkit_probe", replication.peer_conninfo(here))
+        replication.probe_subscription(subscriber, "shardkit_probe", replication.peer_conninfo(publisher))
     except psycopg.Error as error:
-        text = " ".join(str(error).split())
-        return [f"the server of {target.name} cannot connect to {source.name}: {text}"]
-    return []
+        return error
+    return None

@@ -156,7 +156,11 @@ def test_a_server_that_cannot_reach_the_other(shards: Shards, monkeypatch: pytes
         source, target = topology.named("s1"), topology.named("s2")
         with pytest.raises(ShardUnreachable, match="The server of s2 cannot connect to s1"):
             preflight.check(topology, source, target, connections, in_force=True)
-        # With a reason that does not pass by itself it is one more.
+        monkeypatch.setattr(replication, "peer_conninfo", lambda _: "nonsense=1")
+        with pytest.raises(PreflightFailed, match="nonsense"):  # what the server refuses does not pass by itself
+            preflight.check(topology, source, target, connections, in_force=True)
+        monkeypatch.setattr(replication, "peer_conninfo", lambda _: "host=/nowhere")
+        # With such a reason it is one more.
         shards.on("s2").execute("ALTER TABLE public.things ADD COLUMN extra int")
         with pytest.raises(PreflightFailed, match="cannot connect to s1"):
             preflight.check(topology, source, target, connections, in_force=True)
