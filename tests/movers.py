@@ -17,10 +17,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
@@ -74,7 +75,8 @@ class Movers:
     ) -> None:
         """Fork a mover that does a ``move`` to some weights, if there is no job yet, or ``keep`` its sources, a
         ``rollback``, a ``finalize``, a ``resume`` or an ``abort``, with a point armed; or a ``command`` of the program,
-        with its arguments. ``environment`` is what it has beside that of all."""
+        with its arguments; or ``call`` a function, "MODULE:NAME" and its arguments, for an exit code. ``environment``
+        is what it has beside that of all."""
         assert self.pid is None, "one at a time"
         order = {
             "act": act, "catalog": catalog, "point": point, "weights": weights, "mode": mode, "patience": patience,
@@ -184,7 +186,7 @@ def _become(order: Mapping[str, Any]) -> None:
         os.dup2(said, 1)
         os.dup2(said, 2)
         os.environ.update(order["environment"])
-        code = _command(order) if order["act"] == "command" else _carry(order)
+        code = {"command": _command, "call": _call}.get(order["act"], _carry)(order)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -199,6 +201,15 @@ def _command(order: Mapping[str, Any]) -> int:
     os.environ["SHARDKIT_CATALOG"] = order["catalog"]
     failpoints.arm(order["point"])
     return run(order["arguments"])
+
+
+def _call(order: Mapping[str, Any]) -> int:
+    from shardkit.storage import failpoints
+
+    function, *arguments = order["arguments"]
+    call: Callable[..., int] = resolve_name(function)
+    failpoints.arm(order["point"])
+    return call(*arguments)
 
 
 def _carry(order: Mapping[str, Any]) -> int:

@@ -116,7 +116,8 @@ def is_over(document: Mapping[str, Any]) -> bool:
 
 def next_step(catalog: Catalog, topology: Topology | None) -> str | None:
     """What the operator does now; None if there is nothing to do."""
-    holder = catalog.lease_holder()
+    # A command that holds the lease itself has done its work when it asks.
+    holder = catalog.lease_holder() if catalog.token is None else None
     if holder is not None:
         return f"wait for the mover at work ({holder}); `shardkit rebalance status --watch` follows it."
     job = catalog.running_job()

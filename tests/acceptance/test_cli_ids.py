@@ -83,6 +83,7 @@ def test_from_one_database_to_two_shards(adopted: str, fresh_database: FreshData
         ("My posts", 16, True)
     ]
     assert done.document["changed"] is True
+    assert done.document["next"] is None
     call("ids", "split", "My posts", "--shards", "24", "--yes").failed(
         3, "only a multiple of that can follow"
     )
