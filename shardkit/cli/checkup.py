@@ -314,7 +314,7 @@ def _server(view: View) -> Iterator[Finding]:
 
 
 def _identity(view: View) -> Iterator[Finding]:
-    restore = "Restore the shard's database, or correct the URL of the shard."
+    restore = "Restore the shard's database, or correct its URL: `shardkit shard set-url`."
     if value(view.connection, "SELECT to_regclass('shardkit.shard')") is None:
         yield view.problem("identity", "this database is no shard", restore)
         return

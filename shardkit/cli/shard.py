@@ -48,6 +48,7 @@ from .remove import remove
 from .replica import replica
 from .reweight import reweight
 from .running import PARALLEL, PATIENCE, carry
+from .seturl import set_url
 
 
 def _shard_name(name: str) -> str:
@@ -111,6 +112,7 @@ def register(app: typer.Typer) -> None:
     group.command("unpin", context_settings={"ignore_unknown_options": True})(unpin)
     group.command("list")(list_)
     group.command("replica")(replica)
+    group.command("set-url")(set_url)
     group.command("readmit")(readmit)
     app.add_typer(group, name="shard")
 

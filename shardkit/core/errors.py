@@ -323,6 +323,14 @@ class ShardBehind(Refused):
     """
 
 
+class TwoPrimaries(Refused):
+    """Two databases take writes as the same shard.
+
+    Stop the server at the old URL for good, or have it follow the new one; applications that know the old URL alone
+    would go on to write there.
+    """
+
+
 class RowsGone(Refused):
     """A shard is older than the moves that brought keys to it, and does not have their rows.
 
@@ -426,7 +434,7 @@ class TopologyUnsettled(RetryLater):
 class ShardUnreachable(RetryLater):
     """A shard does not answer.
 
-    Check the server and the URL of the shard; keys of other shards are not affected.
+    Check the server; if it is elsewhere now, `shardkit shard set-url` says so. Keys of other shards are not affected.
     """
 
 

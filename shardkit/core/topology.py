@@ -484,6 +484,13 @@ class Topology:
         shard = replace(self.by_id[shard_id], replicas=tuple(urls))
         return self._next(version, [], shards=self._with_shard(shard))
 
+    def with_url(self, version: int, shard_id: int, url: str) -> Self:
+        """The database of a shard is to be found there; if that was a replica of it, it is one no more. No fence
+        changes: it is the same shard."""
+        shard = self.by_id[shard_id]
+        moved = replace(shard, url=url, replicas=tuple(each for each in shard.replicas if each != url))
+        return self._next(version, [], shards=self._with_shard(moved))
+
     def with_splits(self, version: int, splits: Iterable[Split]) -> Self:
         """These tables have their ids split so, beside those that have it already. No fence changes: whoever has not
         seen it refuses the tables."""

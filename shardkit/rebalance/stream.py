@@ -195,6 +195,8 @@ class Stream:
             change.claim(
                 self.subscriber, self._around.token
             )  # the opening may have stopped it, by another mover
+            # The publisher may have another URL since.
+            replication.set_source(self.subscriber, self.name, replication.peer_conninfo(self.publisher))
             replication.set_enabled(self.subscriber, self.name, True)
         return state
 

@@ -202,8 +202,15 @@ def drain(
 def announce(catalog: Catalog, shards: ShardConnections, topology: Topology) -> None:
     """Give every shard its copy of a topology that changed no fence."""
     for shard in topology.shards:
-        with (connection := shards.get(shard)).transaction():
-            claim(connection, _token(catalog))
+        announce_to(catalog, shards.get(shard), topology, shard)
+
+
+def announce_to(catalog: Catalog, connection: Connection, topology: Topology, shard: Shard) -> None:
+    """Give one shard its copy of a topology that changed no fence. One that went back in time keeps what it has, which
+    alone tells what it held then; it gets the copy when it is brought forward."""
+    with transaction(connection):
+        claim(connection, _token(catalog))
+        if shard.fence.relation in fence.relations(connection):
             write_copy(connection, topology, shard.id)
 
 

@@ -142,6 +142,10 @@ class ShardConnections:
         self._open[shard.id] = connection  # the last one: they are in the order of their use
         return connection
 
+    def put(self, shard_id: int, connection: Connection) -> None:
+        """Use this connection to a shard, and close it with the others: it is not where the topology says."""
+        self._open[shard_id] = connection
+
     def _make_room(self) -> None:
         if self._at_most is None or len(self._open) < self._at_most:
             return

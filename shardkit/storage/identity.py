@@ -28,6 +28,6 @@ class ShardIdentity:
         """The error for a database that is ``found`` instead."""
         return IncompatibleServer(
             f"The database of shard {self.name} (id {self.shard_id}) is {found}.",
-            hint="Correct the URL of the shard, or what its host name points to.",
+            hint="`shardkit shard set-url` corrects the URL of the shard; or correct what its host name points to.",
             shard=self.name,
         )

@@ -150,7 +150,7 @@ def _require_own(believed: Believed, shard: Shard, found: Seen) -> None:
         raise ShardBehind(
             f"The database of shard {shard.name} says of no shard that it is one: it is older than the day on which it "
             "joined, or another one.",
-            hint="Correct the URL of the shard, or restore it to a later moment.",
+            hint="Correct its URL (`shardkit shard set-url`), or restore it to a later moment.",
             shard=shard.name,
         )
     if claim != claims.Claim(believed.cluster, shard.id, shard.name):

@@ -14,8 +14,7 @@ from shardkit.core.topology import Shard, Topology
 
 from . import change, claims, fence
 from .catalog import Catalog
-from .connections import Connection, ShardConnections, connect_shard, transaction, value
-from .topologies import write_copy
+from .connections import Connection, ShardConnections, connect_shard, value
 from .urls import redacted, without_password
 
 _REPLAYED: LiteralString = "SELECT pg_last_wal_replay_lsn()::text"
@@ -37,9 +36,11 @@ def add(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Topo
     """
     change.settle(catalog, shards)
     url = without_password(url)
-    shard = _current(catalog).named(name)
+    current = _current(catalog)
+    shard = current.named(name)
     if url in shard.replicas:
-        return _spread(catalog, shards, _current(catalog))
+        change.announce(catalog, shards, current)
+        return current
     if url == shard.url:
         raise UsageError(
             f"This is the URL of shard {name} itself.", hint="Name the server of one of its standbys."
@@ -108,13 +109,6 @@ def _change(catalog: Catalog, shards: ShardConnections, name: str, urls: tuple[s
         assert before is not None
         return before.with_replicas(version, before.named(name).id, urls)
 
-    return _spread(catalog, shards, change.apply(catalog, shards, make))
-
-
-def _spread(catalog: Catalog, shards: ShardConnections, topology: Topology) -> Topology:
-    """Give every shard its copy; no fence has changed, so no change wrote it."""
-    for shard in topology.shards:
-        with transaction(connection := shards.get(shard)):
-            change.claim(connection, catalog.token or 0)
-            write_copy(connection, topology, shard.id)
+    topology = change.apply(catalog, shards, make)
+    change.announce(catalog, shards, topology)
     return topology

@@ -396,6 +396,16 @@ def set_enabled(target: Connection, name: str, enabled: bool) -> None:
         )
 
 
+def set_source(target: Connection, name: str, source_conninfo: str) -> None:
+    """Where the subscription finds its publisher, if it is there; allowed inside a transaction."""
+    if subscription_exists(target, name):
+        target.execute(
+            sql.SQL("ALTER SUBSCRIPTION {} CONNECTION {}").format(
+                sql.Identifier(name), sql.Literal(source_conninfo)
+            )
+        )
+
+
 def set_disabled_by_errors(target: Connection, name: str, disabled: bool) -> None:
     """Whether an error, a lost connection among them, disables the subscription, so that a mover can see it; else the
     server tries again and again."""

@@ -180,7 +180,7 @@ def _identity(believed: Believed, shard: Shard, found: Seen) -> Judgement:
     return Judgement(
         "identity",
         f"this database is {whose}",
-        "Restore the shard's database, or correct the URL of the shard.",
+        "Restore the shard's database, or correct its URL: `shardkit shard set-url`.",
     )
 
 

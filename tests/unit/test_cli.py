@@ -62,7 +62,7 @@ def options(command: Any) -> list[Any]:
 def test_the_commands() -> None:
     assert {*COMMANDS} - {"demo"} == {
         "init", "shard add", "shard remove", "shard reweight", "shard list", "shard replica", "shard pin",
-        "shard unpin", "shard readmit", "schema declare", "ids split", "route", "status", "doctor",
+        "shard unpin", "shard set-url", "shard readmit", "schema declare", "ids split", "route", "status", "doctor",
         "verify",
         "transactions list", "transactions recover",
         "rebalance plan", "rebalance run", "rebalance status", "rebalance resume", "rebalance abort",
