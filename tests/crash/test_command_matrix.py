@@ -1,6 +1,6 @@
-"""The crash matrix of the commands that change a cluster and move no key range: by which shards come and go, come back
-from a restore, and by which the ids that servers make are split. Each point that they pass, and everything that can
-happen there, under live applications.
+"""The crash matrix of the commands that change a cluster and move no key range: shards come and go, come back from a
+restore, change their address, and the ids that servers make are split. Each point that they pass, and everything that
+can happen there, under live applications.
 
 Killed, or stopped while something else fails, the command is run again until it ends; then it has done what it says,
 and all that is true after a move is true.
@@ -293,7 +293,19 @@ READMIT = Command(
     CommandWorld.is_forward,
     lambda failure: isinstance(failure.error, ShardBehind) or failure.server_is_away,
 )  # fmt: skip
-COMMANDS = {command.name: command for command in (ADD, REMOVE, SPLIT, READMIT)}
+TWO = "postgresql:///app?service=two"
+TWO_RENAMED = f"{TWO}&fallback_application_name=renamed"
+SET_URL = Command(
+    "set-url",
+    ("shard", "set-url", "two", TWO_RENAMED),
+    (
+        "change.proposed", "change.decided", "change.recorded",
+        *edges("catalog.propose", "catalog.record"),
+    ),
+    lambda world: world.act("command", arguments=["shard", "set-url", "two", TWO]),
+    lambda world: world.topology.named("two").url == TWO_RENAMED,
+)  # fmt: skip
+COMMANDS = {command.name: command for command in (ADD, REMOVE, SPLIT, READMIT, SET_URL)}
 CELLS = tuple(
     (command.name, point, event.name)
     for command in COMMANDS.values()
@@ -308,6 +320,7 @@ USUAL = (
     ("remove", "catalog.placement.committed", "target cut off"),
     ("split", "ids.restarted", "source killed"),
     ("readmit", "closing.committed", "network silent"),
+    ("set-url", "catalog.record.commit", "target killed"),
 )
 BY_NAME = {event.name: event for event in EVENTS}
 
