@@ -17,7 +17,7 @@ import psycopg
 
 from shardkit.core.errors import MoveWaiting
 from shardkit.storage import inspection, numbering, replication, sequences, sourceguard
-from shardkit.storage.connections import Connection
+from shardkit.storage.connections import Connection, at_once
 from shardkit.storage.failpoints import failpoint
 
 from .opening import Opening
@@ -114,14 +114,23 @@ class Cutover:
     def while_closed(self, source: Connection) -> None:
         """On the publisher, whose fence is locked: `Postponed`, or the subscriber has everything, and the same."""
         run = self._run
-        sourceguard.wait_for_writers(source, run.row.id)
-        self._require_unaltered(source)
-        self._catch_up()
+        with at_once(source):
+            sourceguard.wait_for_writers(source, run.row.id)
+            # What triggers do not note, as a partition that was detached with its rows, changes the shape of a table.
+            inspection.lock_shape(source, run.tables)
+        written = self._verifier.written_at_source(IN_CUTOVER + 1)
+        if len(written) > IN_CUTOVER:
+            raise Postponed(MANY)
+        position = replication.position_now(self._stream.publisher)
+        self._flush_target()  # it reports how far it is while something else is looked at
+        if self._verifier.shapes_now() != self._verifier.shapes:
+            raise Altered("a table was altered since its rows were compared")
+        self._catch_up(position)
         self.clock("caught_up")
         self._flush_target()
         self._require_standbys()
         try:
-            self._verifier.remaining_differences(COMPARE_LIMIT)
+            self._verifier.remaining_differences(written, COMPARE_LIMIT)
         except psycopg.errors.QueryCanceled as error:
             raise Postponed("the last comparison took too long") from error
         except TooMany as error:
@@ -136,19 +145,9 @@ class Cutover:
         failpoint(f"{self._run.row.phase.value}.before opening")
         self._opening.on_open(connection)
 
-    def _require_unaltered(self, source: Connection) -> None:
-        """What triggers do not note, as a partition that was detached with its rows, changes the shape of a table."""
-        run = self._run
-        inspection.lock_shape(source, run.tables)
-        if self._verifier.shapes_now() != self._verifier.shapes:
-            raise Altered("a table was altered since its rows were compared")
-
-    def _catch_up(self) -> None:
+    def _catch_up(self, position: str) -> None:
         stream = self._stream
         started = time.monotonic()
-        if len(sourceguard.peek_changes(stream.publisher, self._run.row.id, IN_CUTOVER + 1)) > IN_CUTOVER:
-            raise Postponed(MANY)
-        position = replication.position_now(stream.publisher)
         while True:
             sender = replication.sender(stream.publisher, stream.name)
             if sender is None or sender.pid != self._before.sender or sender.state != "streaming":

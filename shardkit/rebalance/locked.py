@@ -272,7 +272,7 @@ class LockedCopier:
         taking = run.probes.get(taker)
         giver_shape, taker_shape = shapes
         inspection.lock_shape(giving, run.tables)
-        if inspection.shape(giving, run.tables, run.row.id) != giver_shape:
+        if inspection.shapes([giving], run.tables, run.row.id) != [giver_shape]:
             raise MoveWaiting("A table was altered during the step.")
         giving.execute(
             "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
@@ -283,7 +283,7 @@ class LockedCopier:
             if not fence.guard_newest(taking, run.topology().by_id[taker.id].fence):
                 raise CatalogBehind(shard=taker.name)
             inspection.lock_shape(taking, run.tables)
-            if inspection.shape(taking, run.tables, run.row.id) != taker_shape:
+            if inspection.shapes([taking], run.tables, run.row.id) != [taker_shape]:
                 raise MoveWaiting("A table was altered during the step.")
             for table in run.tables:
                 if self._committed:  # by an attempt that ended before its decision
@@ -336,7 +336,7 @@ class LockedCopier:
     def _shapes(self, giver: Shard, taker: Shard) -> tuple[str, str]:
         """The tables as they are now on both sides, which are alike; `PreflightFailed` where they are not."""
         run = self._run
-        found = [inspection.shape(run.probes.get(shard), run.tables, run.row.id) for shard in (giver, taker)]
+        found = inspection.shapes([run.probes.get(giver), run.probes.get(taker)], run.tables, run.row.id)
         if found != self._alike:
             preflight.check_tables(
                 run.topology(), run.tables, run.source_shard, run.target_shard, run.probes, Mode.LOCKED

@@ -19,10 +19,9 @@ from typing import Any, TypeVar
 from shardkit.core.errors import VerificationFailed
 from shardkit.core.keyrange import Arc, ArcSet, hex_position
 from shardkit.core.topology import ShardedTable
-from shardkit.storage import digest, sourceguard
-from shardkit.storage.connections import Connection
+from shardkit.storage import digest, inspection, sourceguard
+from shardkit.storage.connections import Connection, at_once
 from shardkit.storage.digest import Digest
-from shardkit.storage.inspection import shape
 from shardkit.storage.tables import describe
 
 T = TypeVar("T")
@@ -60,7 +59,7 @@ class Verifier:
     on_rows: Callable[[int], None]
     suspects: set[Suspect] = field(default_factory=set)
     certificate: dict[str, Any] = field(default_factory=dict)
-    shapes: tuple[str, str] = ("", "")
+    shapes: Sequence[str] = ()
     """Of the tables on both sides, before anything was compared."""
     _compared: list[digest.Compared] = field(default_factory=list)
     _compared_again: int = 0
@@ -95,19 +94,22 @@ class Verifier:
             "compared_again": self._compared_again,
         }
 
-    def shapes_now(self) -> tuple[str, str]:
+    def shapes_now(self) -> list[str]:
         """What DDL, or a TRUNCATE, would have changed on either side since `shapes`."""
-        return (
-            shape(self.source, self.tables, self.transfer),
-            shape(self.target, self.tables, self.transfer),
-        )
+        return inspection.shapes((self.source, self.target), self.tables, self.transfer)
 
-    def remaining_differences(self, statement_timeout: str) -> None:
-        """The last comparison, inside the cutover: of what was written since. Nobody may be writing.
+    def written_at_source(self, limit: int) -> set[Suspect]:
+        """Rows that applications wrote since the last comparison; about ``limit`` at most."""
+        return set(sourceguard.peek_changes(self.source, self.transfer, limit))
+
+    def remaining_differences(self, written: set[Suspect], statement_timeout: str) -> None:
+        """The last comparison, inside the cutover: of what was ``written`` at the source since, when nobody could write
+        there any more, and of what somebody else wrote on the target, which has caught up.
 
         ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
         """
-        left = self.suspects | self._noted(IN_CUTOVER + 1)
+        others = sourceguard.peek_changes(self.target, self.transfer, IN_CUTOVER + 1)
+        left = self.suspects | written | set(others)
         if len(left) > IN_CUTOVER:
             raise TooMany
         differing = self._compare_rows(left, ("statement_timeout", statement_timeout))
@@ -216,10 +218,10 @@ class Verifier:
             table, compared = self.tables[index], self._compared[index]
             for start in range(0, len(rows), ROWS_A_QUERY):
                 part = rows[start : start + ROWS_A_QUERY]
-                with digest.snapshot(self.source, *settings):
-                    mine = digest.by_row(self.source, table, compared, part)
-                with digest.snapshot(self.target, *settings):
-                    theirs = digest.by_row(self.target, table, compared, part)
+                sides = self.source, self.target
+                with at_once(*sides), digest.snapshot(sides[0], *settings), digest.snapshot(sides[1], *settings):
+                    asked = [digest.ask_by_row(side, table, compared, part) for side in sides]
+                mine, theirs = map(digest.read_by_row, asked)
                 differing |= {(index, row) for row in _differing(mine, theirs)}
         return differing
 

@@ -312,8 +312,9 @@ class _Change:
         new = self.proposal.fence_on(shard.id).relation
         with transaction(connection, *CLOSING, step="closing"):
             claim(connection, _token(self.catalog))
+            names = fence.relations(connection)
             self.clock("asked")
-            names = fence.lock_all(connection)
+            fence.lock_all(connection, names)
             self.clock("locked")
             failpoint("change.locked")
             if not self.from_behind and not {shard.fence.relation, new} & names:

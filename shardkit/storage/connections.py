@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
@@ -187,6 +187,16 @@ def transaction(
             failpoint(f"{step}.commit")
     if step is not None:
         failpoint(f"{step}.committed")
+
+
+@contextmanager
+def at_once(*connections: Connection) -> Iterator[None]:
+    """Statements in the block are sent as they come, and what they return is there when it has ended: several servers
+    work side by side, and a statement more costs no round trip. Their errors are raised at the end as well."""
+    with ExitStack() as stack:
+        for connection in connections if psycopg.Pipeline.is_supported() else ():
+            stack.enter_context(connection.pipeline())
+        yield
 
 
 def value(connection: Connection, query: Any, parameters: Any = None) -> Any:

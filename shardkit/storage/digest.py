@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from psycopg import sql
+from psycopg import Cursor, sql
 
 from shardkit.core.keyrange import Arc, ArcSet
 from shardkit.core.topology import DeclaredTable, ShardedTable
@@ -165,13 +165,27 @@ def by_row(
     connection: Connection, table: ShardedTable, compared: Compared, rows: Sequence[str]
 ) -> dict[str, Digest]:
     """Digest of each of these rows (see `identity_text`) that is there; by an index, where `BY_INDEX` is set."""
-    query = sql.SQL("SELECT {row}, count(*), {digest} FROM {table} AS t JOIN {wanted} ON {alike} GROUP BY 1").format(
+    return read_by_row(ask_by_row(connection, table, compared, rows))
+
+
+def ask_by_row(
+    connection: Connection, table: ShardedTable, compared: Compared, rows: Sequence[str]
+) -> Cursor[Any]:
+    """The question of `by_row`, for `connections.at_once`; `read_by_row` has the answer."""
+    query = sql.SQL(
+        "SELECT {row}, count(*), {digest} FROM {table} AS t JOIN {wanted} ON {alike} GROUP BY 1"
+    ).format(
         row=identity_text(compared.identity, _ROW),
         digest=_row_digest(compared.columns),
         table=relation(table),
         **_wanted(compared, rows),
     )
-    return {row: Digest(found, int(total)) for row, found, total in connection.execute(query)}
+    return connection.execute(query)
+
+
+def read_by_row(answer: Cursor[Any]) -> dict[str, Digest]:
+    """The answer of `ask_by_row`."""
+    return {row: Digest(found, int(total)) for row, found, total in answer}
 
 
 def texts_by_row(

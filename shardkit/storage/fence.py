@@ -80,14 +80,15 @@ def guard_newest(connection: Connection, fence: Fence) -> bool:
     return newest(relations(connection)) <= fence.version
 
 
-def lock_all(connection: Connection) -> set[str]:
-    """Lock every fence relation against everybody; their names. Waits as long as ``lock_timeout`` allows."""
-    names = relations(connection)
+def lock_all(connection: Connection, names: set[str]) -> None:
+    """Lock every fence relation against everybody. Waits as long as ``lock_timeout`` allows.
+
+    ``names`` are all that there are, asked for behind the mover's token in the same transaction: whoever makes one has
+    to write that first.
+    """
     if names:
         tables = sql.SQL(", ").join(_qualified(name) for name in sorted(names))
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(tables))
-    # None can appear meanwhile: whoever makes one has to write the mover's token first, and that row is ours.
-    return names
 
 
 def close(connection: Connection, names: set[str], topology: Topology, shard_id: int) -> None:
@@ -97,12 +98,11 @@ def close(connection: Connection, names: set[str], topology: Topology, shard_id:
         return
     new = topology.fence_on(shard_id).relation
     kept = new if new in names else max(names, key=lambda name: int(name.split("_")[1]))
-    for name in sorted(names - {kept}):
-        connection.execute(sql.SQL("DROP TABLE {}").format(_qualified(name)))
+    commands = [sql.SQL("DROP TABLE {}").format(_qualified(name)) for name in sorted(names - {kept})]
     if kept != new:
-        connection.execute(
-            sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new))
-        )
+        commands.append(sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new)))
+    if commands:
+        connection.execute(sql.SQL("; ").join(commands))  # at once: applications wait
     write_copy(connection, topology, shard_id)
 
 

@@ -12,7 +12,7 @@ from psycopg import sql
 
 from shardkit.core.topology import ShardedTable
 
-from .connections import Connection, value
+from .connections import Connection, at_once, value
 from .predicate import relation
 from .tables import OUR_INDEXES
 
@@ -120,14 +120,19 @@ def parts(connection: Connection, table: ShardedTable) -> list[sql.Identifier]:
     return [sql.Identifier(schema, name) for schema, name in rows]
 
 
-def shape(connection: Connection, sharded: Sequence[ShardedTable], transfer: int) -> str:
-    """What DDL changes of the tables, a TRUNCATE included, and of the triggers on them: two that are
-    equal say that nothing of the kind was committed between. Rewriting a table (VACUUM FULL, CLUSTER) changes it too.
+def shapes(connections: Sequence[Connection], sharded: Sequence[ShardedTable], transfer: int) -> list[str]:
+    """What DDL changes of the tables, a TRUNCATE included, and of the triggers on them, on each of several servers: two
+    that are equal say that nothing of the kind was committed between. Rewriting a table (VACUUM FULL, CLUSTER) changes
+    it too.
     """
-    names = [relation(table).as_string(connection) for table in sharded]
-    query = sql.SQL(_SHAPE).format(tables=sql.Literal(names), triggers=sql.Literal(f"^zz_shardkit_{transfer}_"))
-    row = connection.execute(query, prepare=True).fetchone()  # planned before a cutover asks it
-    return str(row[0] if row else None)
+    names = [relation(table).as_string(connections[0]) for table in sharded]
+    query = sql.SQL(_SHAPE).format(
+        tables=sql.Literal(names), triggers=sql.Literal(f"^zz_shardkit_{transfer}_")
+    )
+    with at_once(*connections):
+        # Prepared, so that it is planned before a cutover asks it.
+        asked = [connection.execute(query, prepare=True) for connection in connections]
+    return [str(row[0] if (row := cursor.fetchone()) else None) for cursor in asked]
 
 
 def lock_shape(connection: Connection, sharded: Sequence[ShardedTable]) -> None:

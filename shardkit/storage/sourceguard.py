@@ -328,12 +328,13 @@ def wait_for_writers(source: Connection, transfer: int) -> None:
 
 def set_moved(source: Connection, transfer: int, target: str) -> None:
     """From the caller's commit on, refuse writes to the moved rows; part of the decision."""
-    source.execute(
-        "INSERT INTO shardkit.moved (transfer_id, target) VALUES (%s, %s) ON CONFLICT DO NOTHING",
-        (transfer, target),
-    )
     moving, moved = _marker(transfer, "moving"), sql.Identifier(f"moved_{transfer}")
-    source.execute(sql.SQL("ALTER TABLE IF EXISTS {} RENAME TO {}").format(moving, moved))
+    source.execute(  # at once: applications wait
+        sql.SQL(
+            "INSERT INTO shardkit.moved (transfer_id, target) VALUES ({}, {}) ON CONFLICT DO NOTHING; "
+            "ALTER TABLE IF EXISTS {} RENAME TO {}"
+        ).format(sql.Literal(transfer), sql.Literal(target), moving, moved)
+    )
 
 
 def set_back(source: Connection, transfer: int) -> None:

@@ -32,17 +32,23 @@ def read_current(connection: Connection) -> Topology | None:
 def write_copy(connection: Connection, topology: Topology, shard_id: int) -> None:
     """Give a shard its copy, inside the caller's transaction; an older one than it has is not written. One that has
     left by this topology owns nothing."""
-    newest = connection.execute(
-        """
-        INSERT INTO shardkit.topology (version, digest, document)
-        SELECT %(version)s, %(digest)s, %(document)s
-        WHERE NOT EXISTS (SELECT FROM shardkit.topology WHERE version >= %(version)s)
-        RETURNING version
-        """,
-        {"version": topology.version, "digest": topology.digest, "document": Jsonb(topology.to_json())},
-    ).fetchone()
-    if newest is None:
-        return
-    connection.execute("DELETE FROM shardkit.topology WHERE version < %s", (topology.version,))
     owned = topology.owned(shard_id) if shard_id in topology.by_id else ArcSet()
-    connection.execute("UPDATE shardkit.ownership SET bounds = %s::bigint[]", (owned.bounds(),))
+    connection.execute(
+        """
+        WITH written AS (
+            INSERT INTO shardkit.topology (version, digest, document)
+            SELECT %(version)s, %(digest)s, %(document)s
+            WHERE NOT EXISTS (SELECT FROM shardkit.topology WHERE version >= %(version)s)
+            RETURNING version
+        ), gone AS (
+            DELETE FROM shardkit.topology USING written WHERE topology.version < written.version
+        )
+        UPDATE shardkit.ownership SET bounds = %(bounds)s::bigint[] WHERE EXISTS (SELECT FROM written)
+        """,
+        {
+            "version": topology.version,
+            "digest": topology.digest,
+            "document": Jsonb(topology.to_json()),
+            "bounds": owned.bounds(),
+        },
+    )

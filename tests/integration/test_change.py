@@ -117,8 +117,10 @@ def test_a_proposal_that_was_decided_is_finished(make_shards: MakeShards) -> Non
         proposal = marked.cut_over(catalog.next_version(), 0, 1, ARCS)
         catalog.propose(proposal)
         with connections.get(marked.by_id[0]).transaction():
-            names = fence.lock_all(connections.get(marked.by_id[0]))
-            fence.close(connections.get(marked.by_id[0]), names, proposal, 0)
+            source = connections.get(marked.by_id[0])
+            names = fence.relations(source)
+            fence.lock_all(source, names)
+            fence.close(source, names, proposal, 0)
     with shards.writer() as (catalog, connections):
         change.settle(catalog, connections)
         assert catalog.current() == proposal

@@ -114,14 +114,13 @@ def test_one_that_fell_behind_just_before_is_not_waited_for_while_applications_a
     lock_all = fence.lock_all
     waits: list[str] = []
 
-    def locking(connection: psycopg.Connection) -> set[str]:
-        names = lock_all(connection)
+    def locking(connection: psycopg.Connection, names: set[str]) -> None:
+        lock_all(connection, names)
         with Catalog.open(shards.catalog_url) as catalog:
             job = catalog.running_job()
             cutting = job is not None and catalog.transfers(job.id)[0].phase is Phase.CUTTING_OVER
         if cutting and not waits:
             follower.freeze()
-        return names
 
     def listen(progress: Progress) -> None:
         if progress.waiting_for and "standbys of shard s2" in progress.waiting_for:

@@ -101,4 +101,6 @@ def decide_only(mover: Mover, row: TransferRow) -> None:
         source = shards.get(current.by_id[row.source])
         with source.transaction():
             change.claim(source, catalog.token or 0)
-            fence.close(source, fence.lock_all(source), proposal, row.source)
+            names = fence.relations(source)
+            fence.lock_all(source, names)
+            fence.close(source, names, proposal, row.source)
