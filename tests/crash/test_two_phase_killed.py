@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import signal
-import subprocess
-import sys
 
 import pytest
 
+import shardkit
 from shardkit.storage import indoubt
 from shardkit.storage.connections import ShardConnections
 from shardkit.storage.indoubt import State
-from tests.sharded import ShardedCluster, until
+from tests.movers import run_forked
+from tests.sharded import ShardedCluster, User, until
 
-SYNC = """
-import sys
-import shardkit
-from tests.sharded import User
-with shardkit.connect(sys.argv[1]) as cluster, cluster.sessionmaker(mode="two_phase").begin() as session:
-    session.add_all(User(id=int(key), name="x") for key in sys.argv[2:])
-"""
-ASYNC = """
-import asyncio, sys
-import shardkit
-from tests.sharded import User
-async def main():
-    cluster = shardkit.connect(sys.argv[1])
-    async with cluster.async_sessionmaker(mode="two_phase").begin() as session:
-        session.add_all(User(id=int(key), name="x") for key in sys.argv[2:])
-asyncio.run(main())
-"""
 UNDECIDED = ["noted", "preparing:1", "prepared:1", "preparing:2", "prepared:2", "deciding"]
 DECIDED = ["decided", "finishing:1", "finished:1", "finishing:2", "finished:2", "forgotten"]
 
@@ -42,21 +25,38 @@ LEFT = {
     r"WHERE c.relname ~ '^fence_' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())",
 }
 
-both = pytest.mark.parametrize("program", [SYNC, ASYNC], ids=["sync", "async"])
+
+def write(catalog_url: str, *keys: str) -> int:
+    """The application, in a process of its own: users of several shards, in one transaction."""
+    with (
+        shardkit.connect(catalog_url) as cluster,
+        cluster.sessionmaker(mode="two_phase").begin() as session,
+    ):
+        session.add_all(User(id=int(key), name="x") for key in keys)
+    return 0
 
 
-def run(sharded: ShardedCluster, program: str, failpoint: str) -> list[int]:
-    """Write a user on each shard, in one transaction, and be killed on the way."""
-    keys = [sharded.keys(name, 1)[0] for name in ("s0", "s1", "s2")]
-    done = subprocess.run(
-        [sys.executable, "-c", program, sharded.catalog_url, *map(str, keys)],
-        env={**os.environ, "SHARDKIT_FAILPOINT": failpoint},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == -signal.SIGKILL, f"never passed {failpoint}: {done.stderr}"
-    return keys
+def write_async(catalog_url: str, *keys: str) -> int:
+    """The same with a loop."""
+
+    async def main() -> None:
+        cluster = shardkit.connect(catalog_url)
+        async with cluster.async_sessionmaker(mode="two_phase").begin() as session:
+            session.add_all(User(id=int(key), name="x") for key in keys)
+
+    asyncio.run(main())
+    return 0
+
+
+both = pytest.mark.parametrize("application", ["write", "write_async"])
+
+
+def run(sharded: ShardedCluster, application: str, failpoint: str) -> None:
+    """Write a user on each shard, and be killed on the way."""
+    keys = [str(sharded.keys(name, 1)[0]) for name in ("s0", "s1", "s2")]
+    arguments = [f"{__name__}:{application}", sharded.catalog_url, *keys]
+    code = run_forked("call", sharded.catalog_url, failpoint, arguments=arguments)
+    assert code == -signal.SIGKILL, f"never passed {failpoint}"
 
 
 def recovered(sharded: ShardedCluster) -> list[State]:
@@ -78,8 +78,8 @@ def left(sharded: ShardedCluster) -> dict[str, list[str]]:
 
 @both
 @pytest.mark.parametrize("failpoint", [*UNDECIDED, *DECIDED])
-def test_killed_at(sharded: ShardedCluster, program: str, failpoint: str) -> None:
-    run(sharded, program, f"two_phase.{failpoint}")
+def test_killed_at(sharded: ShardedCluster, application: str, failpoint: str) -> None:
+    run(sharded, application, f"two_phase.{failpoint}")
     states = recovered(sharded)
     expected = [] if failpoint in UNDECIDED else ["s0", "s1", "s2"]
     assert sharded.holding(USERS) == expected
