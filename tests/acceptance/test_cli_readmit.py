@@ -13,6 +13,7 @@ from shardkit.storage.readmission import Lag
 from tests.acceptance.conftest import Program
 from tests.fix_backups import BackUp
 from tests.fix_shards import MakeShards, Shards, fill
+from tests.movers import run_forked
 
 USERS = 100
 
@@ -91,22 +92,23 @@ def test_rows_that_are_gone(two: Shards, call: Program, back_up: BackUp) -> None
     two.assert_clean()
 
 
-def test_killed_at_each_step_it_is_run_again(
-    two: Shards, call: Program, program: Program, back_up: BackUp
-) -> None:
+def test_killed_at_each_step_it_is_run_again(two: Shards, call: Program, back_up: BackUp) -> None:
     backup = back_up(two, "s1")
     two.move()
     now = two.topology()
     backup.restore()
     readmit = ("shard", "readmit", "s1", "--yes")
     for point in ("catalog.propose.committed", "change.locked", "closing.commit"):
-        assert program(*readmit, SHARDKIT_FAILPOINT=point).code == -signal.SIGKILL
+        assert run_forked("command", two.catalog_url, point, arguments=readmit) == -signal.SIGKILL
         assert two.topology() == now
         assert look(two).is_behind
     assert "interrupted change of topology is settled" in call("rebalance", "resume").ok().out
-    assert program(*readmit, SHARDKIT_FAILPOINT="closing.committed").code == -signal.SIGKILL
+    assert run_forked("command", two.catalog_url, "closing.committed", arguments=readmit) == -signal.SIGKILL
     assert two.topology() == now  # decided, and not recorded
-    assert program("rebalance", "resume", SHARDKIT_FAILPOINT="catalog.record.commit").code == -signal.SIGKILL
+    resume = ("rebalance", "resume")
+    assert (
+        run_forked("command", two.catalog_url, "catalog.record.commit", arguments=resume) == -signal.SIGKILL
+    )
     with Catalog.open(two.catalog_url) as catalog:
         assert catalog.proposed() is not None
     assert "is not behind" in call(*readmit).ok().out

@@ -20,6 +20,7 @@ from tests.acceptance.conftest import Program
 from tests.fix_backups import BackUp
 from tests.fix_postgres import FreshDatabase, NewCluster
 from tests.fix_shards import MakeShards, Shards, fill, owner_of
+from tests.movers import run_forked
 
 USERS = 100
 
@@ -122,11 +123,10 @@ def test_a_standby_that_took_over(
 
 
 @pytest.mark.parametrize("point", ["copying.poll", "closing.committed:2", "opening.committed:2"])
-def test_in_the_middle_of_a_job(
-    two: Shards, servers: Clusters, call: Program, program: Program, point: str
-) -> None:
+def test_in_the_middle_of_a_job(two: Shards, servers: Clusters, call: Program, point: str) -> None:
     """The database that gives keys away moves while nobody carries the job; what was decided stays decided."""
-    assert program("rebalance", "run", "--yes", SHARDKIT_FAILPOINT=point).code == -signal.SIGKILL
+    run = ("rebalance", "run", "--yes")
+    assert run_forked("command", two.catalog_url, point, arguments=run) == -signal.SIGKILL
     url = rename(servers, two, "s1", f"moved_{two.on('s1').info.dbname}")
     assert call("rebalance", "resume", "--patience", "1").code in (3, 5)
     set_url = call("shard", "set-url", "s1", url, "--json").ok().document

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.acceptance.conftest import Program
-from tests.crash.test_two_phase_killed import SYNC, USERS, left, run
+from tests.crash.test_two_phase_killed import USERS, left, run
 from tests.sharded import ShardedCluster, until
 
 APPLICATION = """
@@ -21,29 +21,29 @@ SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_
     ],
 )
 def test_list_and_recover(
-    sharded: ShardedCluster, program: Program, failpoint: str, listed: str, ended: str, holding: list[str]
+    sharded: ShardedCluster, call: Program, failpoint: str, listed: str, ended: str, holding: list[str]
 ) -> None:
     environment = {"SHARDKIT_CATALOG": sharded.catalog_url}
-    nothing = program("transactions", "list", "--json", **environment).ok().document
+    nothing = call("transactions", "list", "--json", **environment).ok().document
     assert nothing == {"transactions": [], "unreachable": [], "next": None}
-    run(sharded, SYNC, failpoint)
+    run(sharded, "write", failpoint)
     until(
         lambda: not sharded.holding(APPLICATION),
         "its end",
     )
 
-    document = program("transactions", "list", "--json", **environment).ok().document
+    document = call("transactions", "list", "--json", **environment).ok().document
     (entry,) = document["transactions"]
     assert entry["state"] == listed
     assert entry["decided_by"] == "s0"
     assert entry["prepared_on"] == ["s1", "s2"]
     assert "transactions recover" in document["next"]
-    shown = program("transactions", "list", **environment).ok().out
+    shown = call("transactions", "list", **environment).ok().out
     assert entry["transaction"] in shown
     assert listed in shown
 
-    shown = program("transactions", "recover", **environment).ok().out
+    shown = call("transactions", "recover", **environment).ok().out
     assert ended in shown
     assert sharded.holding(USERS) == holding
-    assert program("transactions", "recover", "--json", **environment).ok().document == nothing
+    assert call("transactions", "recover", "--json", **environment).ok().document == nothing
     assert not left(sharded)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +13,7 @@ import shardkit
 from shardkit.storage import change, membership
 from shardkit.storage.urls import sqlalchemy_url
 from tests.fix_postgres import FreshDatabase
+from tests.movers import run_forked
 from tests.sharded import Base as ShardedBase
 from tests.sharded import ShardedCluster
 
@@ -31,15 +29,6 @@ class Parent(Base):
     text: Mapped[str | None]
 
 
-JOIN = """
-import sys
-from shardkit.storage import membership
-from shardkit.storage.catalog import Catalog
-from shardkit.storage.connections import ShardConnections
-with Catalog.open(sys.argv[1]) as catalog, ShardConnections() as shards:
-    catalog.take_lease()
-    membership.join(catalog, shards, name="s2", url=sys.argv[2])
-"""
 USUAL = ["join.copied_first", "join.copied", "change.decided", "change.opened:1"]
 REST = ["join.claimed", "change.proposed", "change.opened:2", "change.recorded"]
 
@@ -58,14 +47,7 @@ def two(fresh_database: FreshDatabase) -> Iterator[ShardedCluster]:
 
 
 def killed(catalog_url: str, url: str, point: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", JOIN, catalog_url, url],
-        env={**os.environ, "SHARDKIT_FAILPOINT": point},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode
+    return run_forked("command", catalog_url, point, arguments=["shard", "add", "s2", url, "--no-run"])
 
 
 @pytest.mark.parametrize("point", USUAL)
