@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from shardkit.core.errors import UsageError
+from shardkit.rebalance.redirect import redirect
 from shardkit.storage import addresses
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
@@ -34,15 +35,16 @@ def set_url(name: Name, url: Url, catalog: CatalogUrl, as_json: AsJson = False) 
         )
     with Catalog.open(catalog) as opened, ShardConnections("shardkit set-url") as shards:
         opened.take_lease()
-        moved = addresses.move(opened, shards, name, url)
+        located = addresses.set_url(opened, shards, name, url)
+        redirect(opened, shards, located.topology.named(name).id)
         todo = (
             f"`shardkit shard readmit {name}` brings it forward: it is older than the topology in force."
-            if moved.is_behind
-            else jobs.next_step(opened, moved.topology)
+            if located.is_behind
+            else jobs.next_step(opened, located.topology)
         )
-    for shard in moved.away:
-        narrate(f"note: shard {shard} does not answer; it gets the new topology with the next change.")
-    stored = redacted(moved.topology.named(name).url)
+    for shard in located.away:
+        narrate(f"note: shard {shard} does not answer; run this again when it does.")
+    stored = redacted(located.topology.named(name).url)
 
     def draw(console: Console) -> None:
         console.print(table(("shard", "url"), [[name, stored]]))
@@ -50,11 +52,11 @@ def set_url(name: Name, url: Url, catalog: CatalogUrl, as_json: AsJson = False) 
 
     show(
         {
-            "version": moved.topology.version,
+            "version": located.topology.version,
             "shard": name,
             "url": stored,
-            "behind": moved.is_behind,
-            "unreachable": list(moved.away),
+            "behind": located.is_behind,
+            "unreachable": list(located.away),
             "next": todo,
         },
         as_json,

@@ -27,7 +27,7 @@ _OLD_SECONDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class Located:
     """The topology in force; the shards that did not answer and learn of it later; whether this one is behind."""
 
     topology: Topology
@@ -35,7 +35,7 @@ class Moved:
     is_behind: bool
 
 
-def move(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Moved:
+def set_url(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Located:
     """The database of a shard is at this URL from now on; the caller holds the lease. Giving the URL that it has
     changes nothing.
 
@@ -57,7 +57,7 @@ def move(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Mov
     change.settle(catalog, shards)
     topology = _current(catalog)
     if topology.named(name).url != url:
-        topology = change.apply(catalog, shards, lambda now, version: _moved(now, version, shard.id, url))
+        topology = change.apply(catalog, shards, lambda now, version: _with_url(now, version, shard.id, url))
     away = []
     for each in topology.shards:
         try:
@@ -65,7 +65,7 @@ def move(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Mov
         except ShardUnreachable:
             away.append(each.name)
     is_behind = topology.named(name).fence.relation not in fence.relations(connection)
-    return Moved(topology, tuple(away), is_behind)
+    return Located(topology, tuple(away), is_behind)
 
 
 def _current(catalog: Catalog) -> Topology:
@@ -77,7 +77,7 @@ def _current(catalog: Catalog) -> Topology:
     return current
 
 
-def _moved(now: Topology | None, version: int, shard_id: int, url: str) -> Topology:
+def _with_url(now: Topology | None, version: int, shard_id: int, url: str) -> Topology:
     assert now is not None
     return now.with_url(version, shard_id, url)
 

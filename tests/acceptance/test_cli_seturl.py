@@ -53,13 +53,14 @@ def rename(servers: Clusters, shards: Shards, name: str, new: str) -> str:
     old, socket = connection.info.dbname, connection.info.host
     connection.close()
     server: Cluster = next(each for each in servers if str(each.socket_dir) == socket)
+    before, after = sql.Identifier(old), sql.Identifier(new)
     with connect(server.url()) as postgres:
+        postgres.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(before))
         postgres.execute(
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", (old,)
         )
-        postgres.execute(
-            sql.SQL("ALTER DATABASE {} RENAME TO {}").format(sql.Identifier(old), sql.Identifier(new))
-        )
+        postgres.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(before, after))
+        postgres.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(after))
     return server.url(new)
 
 
@@ -135,6 +136,23 @@ def test_in_the_middle_of_a_job(two: Shards, servers: Clusters, call: Program, p
     call("verify").ok()
     two.assert_clean()
     assert sum(map(len, two.rows(two.tables[1]).values())) == USERS
+
+
+def test_while_a_source_is_kept(two: Shards, servers: Clusters, call: Program) -> None:
+    """What is written on the target that moved goes on to flow back."""
+    call("rebalance", "run", "--yes", "--keep-source").ok()
+    url = rename(servers, two, "s2", f"moved_{two.on('s2').info.dbname}")
+    done = call("shard", "set-url", "s2", url, "--json").ok().document
+    assert "rebalance finalize" in done["next"]
+    with shardkit.connect(two.catalog_url) as cluster, cluster.sessionmaker()() as session:
+        for key in (key for key in range(1, USERS + 1) if owner_of(two.topology(), key) == "s2"):
+            session.get_one(User, key).n = 7
+            session.commit()
+    call("rebalance", "rollback").ok()
+    two.assert_clean()
+    (rows, moved) = (two.rows(two.tables[1])[name] for name in ("s1", "s2"))
+    assert (len(rows), moved) == (USERS, [])
+    assert any(row[2] == 7 for row in rows)
 
 
 def test_another_name_of_the_same_database(two: Shards, call: Program) -> None:
