@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from shardkit.core.errors import EXIT_REFUSED, RowsGone
+from shardkit.rebalance.mover import Mover
 from shardkit.rebalance.readmit import readmit as bring_forward
-from shardkit.storage import change, readmission
+from shardkit.storage import readmission
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 from shardkit.storage.readmission import Gained, Lag, Where
@@ -58,9 +59,9 @@ def readmit(
     since are not there. Writes of before that the shard itself has lost nobody can tell.
     """
     with Catalog.open(catalog) as opened, ShardConnections("shardkit readmit") as shards:
-        if not dry_run and opened.proposed() is not None:  # of this command itself, perhaps, that was killed
-            opened.take_lease()
-            change.settle(opened, shards)
+        if not dry_run and opened.proposed() is not None:  # by this command itself, perhaps, that was killed
+            with Mover(catalog, patience=patience):
+                pass  # it settles that before all else
         lag = readmission.look(opened, shards, name)
     refusal = _refusal(lag) if not accept_loss else None
     if dry_run or not lag.is_behind:

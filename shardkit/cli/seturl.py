@@ -1,15 +1,16 @@
-"""`shardkit shard set-url`: where the database of a shard is, after its server moved or a standby took over."""
+"""`shardkit shard set-url`: where the databases of shards are, after servers moved or standbys took over."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from shardkit.core.errors import UsageError
-from shardkit.rebalance.redirect import redirect
-from shardkit.storage import addresses
+from shardkit.rebalance import addresses
+from shardkit.rebalance.addresses import Located
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 from shardkit.storage.urls import redacted, sqlalchemy_url
@@ -18,47 +19,85 @@ from . import jobs
 from .options import AsJson, CatalogUrl
 from .output import narrate, next_step, show, table
 
-Name = Annotated[str, typer.Argument(help="The shard.")]
-Url = Annotated[str, typer.Argument(help="Where its database is now; the password is not stored.")]
+Changes = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="NAME=URL...", help="Shards, and where their databases are now; passwords are not stored."
+    ),
+]
+OldStopped = Annotated[
+    bool,
+    typer.Option(
+        "--old-stopped",
+        envvar="SHARDKIT_OLD_STOPPED",
+        help="Go on where the server at an old URL answers but does not let us look: it takes no writes.",
+    ),
+]
 
 
-def set_url(name: Name, url: Url, catalog: CatalogUrl, as_json: AsJson = False) -> None:
-    """Say where the database of a shard is now, after its server moved or a standby took over.
+def set_url(
+    changes: Changes, catalog: CatalogUrl, old_stopped: OldStopped = False, as_json: AsJson = False
+) -> None:
+    """Say where the databases of shards are now, after their servers moved or standbys took over.
 
-    It has to be this very shard and to take writes, and the one at the old URL must not. No row moves. Applications
+    Each has to be this very shard and to take writes, and the one at the old URL must not. No row moves. Applications
     that run learn of it when the old URL does not answer. What an interrupted change left is settled first.
     """
-    if sqlalchemy_url(url).database is None:
-        raise UsageError(
-            f"The URL names no database: {redacted(url)}",
-            hint="It looks like postgresql://user@host:5432/database.",
-        )
+    urls = _parsed(changes)
     with Catalog.open(catalog) as opened, ShardConnections("shardkit set-url") as shards:
         opened.take_lease()
-        located = addresses.set_url(opened, shards, name, url)
-        redirect(opened, shards, located.topology.named(name).id)
-        todo = (
-            f"`shardkit shard readmit {name}` brings it forward: it is older than the topology in force."
-            if located.is_behind
-            else jobs.next_step(opened, located.topology)
-        )
-    for shard in located.away:
-        narrate(f"note: shard {shard} does not answer; run this again when it does.")
-    stored = redacted(located.topology.named(name).url)
+        located = addresses.set_urls(opened, shards, urls, old_stopped=old_stopped)
+        todo = _next(opened, located)
+    for name in located.away:
+        narrate(f"note: shard {name} does not answer; run this again when it does.")
+    entries = [
+        {
+            "shard": name,
+            "url": redacted(located.topology.named(name).url),
+            "behind": name in located.behind,
+        }
+        for name in urls
+    ]
 
     def draw(console: Console) -> None:
-        console.print(table(("shard", "url"), [[name, stored]]))
+        console.print(table(("shard", "url"), [[entry["shard"], entry["url"]] for entry in entries]))
         next_step(console, todo)
 
     show(
         {
             "version": located.topology.version,
-            "shard": name,
-            "url": stored,
-            "behind": located.is_behind,
+            "shards": entries,
             "unreachable": list(located.away),
             "next": todo,
         },
         as_json,
         draw,
     )
+
+
+def _parsed(changes: Iterable[str]) -> dict[str, str]:
+    """The URLs by name; `UsageError` for what is none."""
+    urls: dict[str, str] = {}
+    for change in changes:
+        name, _, url = change.partition("=")
+        if not name or "://" not in url:
+            raise UsageError(
+                f"Not NAME=URL: {redacted(change) if '://' in name else change!r}.",
+                hint="It looks like s1=postgresql://user@host:5432/database.",
+            )
+        if sqlalchemy_url(url).database is None:
+            raise UsageError(
+                f"The URL names no database: {redacted(url)}",
+                hint="It looks like postgresql://user@host:5432/database.",
+            )
+        if name in urls:
+            raise UsageError(f"Shard {name} is named twice.", hint="Name each shard once.")
+        urls[name] = url
+    return urls
+
+
+def _next(catalog: Catalog, located: Located) -> str | None:
+    if located.behind:
+        name = located.behind[0]
+        return f"`shardkit shard readmit {name}` brings it forward: it is older than the topology in force."
+    return jobs.next_step(catalog, located.topology)

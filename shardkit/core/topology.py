@@ -484,12 +484,20 @@ class Topology:
         shard = replace(self.by_id[shard_id], replicas=tuple(urls))
         return self._next(version, [], shards=self._with_shard(shard))
 
-    def with_url(self, version: int, shard_id: int, url: str) -> Self:
-        """The database of a shard is to be found there; if that was a replica of it, it is one no more. No fence
-        changes: it is the same shard."""
-        shard = self.by_id[shard_id]
-        moved = replace(shard, url=url, replicas=tuple(each for each in shard.replicas if each != url))
-        return self._next(version, [], shards=self._with_shard(moved))
+    def with_urls(self, version: int, urls: Mapping[int, str]) -> Self:
+        """The databases of shards, by id, are to be found there; what was a replica is one no more. No fence changes:
+        they are the same shards."""
+        shards = tuple(
+            replace(
+                shard,
+                url=urls[shard.id],
+                replicas=tuple(each for each in shard.replicas if each != urls[shard.id]),
+            )
+            if shard.id in urls
+            else shard
+            for shard in self.shards
+        )
+        return self._next(version, [], shards=shards)
 
     def with_splits(self, version: int, splits: Iterable[Split]) -> Self:
         """These tables have their ids split so, beside those that have it already. No fence changes: whoever has not

@@ -17,7 +17,7 @@ import psycopg
 
 from shardkit.core.errors import MoveWaiting
 from shardkit.storage import inspection, numbering, replication, sequences, sourceguard
-from shardkit.storage.connections import Connection, at_once
+from shardkit.storage.connections import Connection
 from shardkit.storage.failpoints import failpoint
 
 from .opening import Opening
@@ -114,10 +114,9 @@ class Cutover:
     def while_closed(self, source: Connection) -> None:
         """On the publisher, whose fence is locked: `Postponed`, or the subscriber has everything, and the same."""
         run = self._run
-        with at_once(source):
-            sourceguard.wait_for_writers(source, run.row.id)
-            # What triggers do not note, as a partition that was detached with its rows, changes the shape of a table.
-            inspection.lock_shape(source, run.tables)
+        sourceguard.wait_for_writers(source, run.row.id)
+        # What triggers do not note, as a partition that was detached with its rows, changes the shape of a table.
+        inspection.lock_shape(source, run.tables)
         written = self._verifier.written_at_source(IN_CUTOVER + 1)
         if len(written) > IN_CUTOVER:
             raise Postponed(MANY)

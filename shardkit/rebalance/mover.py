@@ -27,12 +27,12 @@ from shardkit.core.errors import (
 from shardkit.core.move import FINAL, ROLLBACK, STILL, Event, Mode, Phase, step
 from shardkit.core.placement import Placement, plan
 from shardkit.core.topology import ShardedTable, Topology
-from shardkit.storage import change, indoubt, inspection, leaving, replicaidentity
+from shardkit.storage import change, inspection, leaving, replicaidentity
 from shardkit.storage.catalog import KEPT_HINT, Catalog, Job, TransferRow
 from shardkit.storage.connections import Connection, ShardConnections
 
 from .limits import Limits
-from .opening import Openings
+from .opening import settle
 from .pausing import Ear
 from .progress import Listener
 from .transfer import TransferRun
@@ -279,7 +279,8 @@ class Mover:
         with ShardConnections(at_most=AT_MOST) as shards:
             while True:
                 try:
-                    return _settle(self.catalog, shards)
+                    settle(self.catalog, shards)
+                    return
                 except (
                     psycopg.errors.LockNotAvailable
                 ) as error:  # of the mover before, whose statement still runs
@@ -294,7 +295,7 @@ class Mover:
                 Catalog.open(self._catalog_url).use_lease(self._around.token) as catalog,
                 ShardConnections(at_most=AT_MOST) as shards,
             ):
-                _settle(catalog, shards)
+                settle(catalog, shards)
         except _AWAY as error:
             if not _passes(error):
                 raise
@@ -344,15 +345,6 @@ def _in_order(rows: Iterable[TransferRow]) -> list[TransferRow]:
         ranked.append((-1 if begun else ranks[row.source], row))
         ranks[row.source] += not begun
     return [row for _, row in sorted(ranked, key=lambda each: each[0])]
-
-
-def _settle(catalog: Catalog, shards: ShardConnections) -> None:
-    """End the transactions that crashes left in doubt, as they hold fences. Then `change.settle`, with what the opening
-    of a transfer has to do."""
-    current = catalog.current()
-    if current is not None:
-        indoubt.recover(current, shards)
-    change.settle(catalog, shards, on_open=Openings.pending(catalog).on_open)
 
 
 def _passes(error: BaseException) -> bool:

@@ -13,9 +13,9 @@ from typing import Self
 
 from shardkit.core.move import Phase
 from shardkit.core.topology import Topology
-from shardkit.storage import openings, replication, sourceguard
+from shardkit.storage import change, indoubt, openings, replication, sourceguard
 from shardkit.storage.catalog import Catalog, Job, TransferRow
-from shardkit.storage.connections import Connection, value
+from shardkit.storage.connections import Connection, ShardConnections, value
 
 _FORTH = (Phase.CUTTING_OVER, Phase.ABORTING)
 _BACK = (Phase.CUTTING_BACK, Phase.STAYING)
@@ -82,6 +82,15 @@ class Openings:
         for number, opening in self._by_shard:
             if number == shard:
                 opening.on_open(connection)
+
+
+def settle(catalog: Catalog, shards: ShardConnections) -> None:
+    """End the transactions that crashes left in doubt, as they hold fences. Then `change.settle`, with what the opening
+    of a transfer has to do."""
+    current = catalog.current()
+    if current is not None:
+        indoubt.recover(current, shards)
+    change.settle(catalog, shards, on_open=Openings.pending(catalog).on_open)
 
 
 def _turns(proposal: Topology, row: TransferRow) -> bool:

@@ -246,6 +246,12 @@ class Stream:
             if time.monotonic() - started > 2:
                 if sender is None:
                     self.require_slot()
+                    if time.monotonic() - started > self._around.patience:
+                        raise MoveWaiting(
+                            f"Shard {self.subscriber_shard.name} has not fetched from shard "
+                            f"{self.publisher_shard.name} for {self._around.patience:.0f} s.",
+                            shard=self.subscriber_shard.name,
+                        )
                 self.require_budget()
                 self._waits.tell(f"shard {self.subscriber_shard.name} applies the writes made meanwhile")
             self._around.pause(0.005)

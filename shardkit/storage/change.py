@@ -122,6 +122,14 @@ def apply(
     return proposal
 
 
+def settle_no_job(catalog: Catalog, shards: ShardConnections) -> None:
+    """`settle`, for who knows nothing of jobs. `JobRunning` if a job left the change: its mover alone knows what an
+    opening has to do beside."""
+    if catalog.proposed() is not None:
+        catalog.require_no_job()
+    settle(catalog, shards)
+
+
 def settle(catalog: Catalog, shards: ShardConnections, *, on_open: Hook | None = None) -> None:
     """Finish, or prove impossible, a change that an earlier mover left pending."""
     proposal = catalog.proposed()

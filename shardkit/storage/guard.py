@@ -116,6 +116,9 @@ class _Guarded(BaseConnection[Any]):
     source: Source | None = None
     """Where its reads come from, if they may be old; then it writes nothing and holds no lock."""
     _shown: tuple[Fence, ...] = ()
+    _from_standby = False
+    """Whether the server was a standby when it was connected to. One that was none then stays so: it would have to be
+    started again."""
     _doors = 0
     _only_read = False
     """Whether the guarded transaction that is open has sent nothing but reads."""
@@ -206,6 +209,8 @@ class _Guarded(BaseConnection[Any]):
         if guard.source is not None:
             yield from self._begin_snapshot_gen(guard, guard.source)
             return
+        if self._from_standby:
+            self._require_primary()
         self._shown = (guard.fence,)
         try:
             yield from self._simple(self._get_tx_start_command() + b"; " + _lock(guard.fence))
@@ -215,6 +220,12 @@ class _Guarded(BaseConnection[Any]):
         except _IMPATIENT:
             yield from self._simple(b"ROLLBACK")
             raise
+
+    def _require_primary(self) -> None:
+        """A standby lets the fence be locked that it has replayed, and shows old rows: the shard is elsewhere."""
+        if self.pgconn.parameter_status(b"in_hot_standby") == b"on":
+            self.pgconn.finish()  # the next connection may find the primary
+            raise errors.CannotConnectNow("the server is a standby")
 
     def _begin_snapshot_gen(self, guard: Guard, source: Source) -> Any:
         """BEGIN and a look at the fences in one message; after an error the connection is idle again."""
@@ -346,6 +357,7 @@ class GuardedConnection(_Guarded, psycopg.Connection[Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._from_standby = self.pgconn.parameter_status(b"in_hot_standby") == b"on"
         self.cursor_factory = _guarded(psycopg.Cursor)
         self.server_cursor_factory = _guarded(psycopg.ServerCursor)
 
@@ -417,6 +429,7 @@ class GuardedAsyncConnection(_Guarded, psycopg.AsyncConnection[Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._from_standby = self.pgconn.parameter_status(b"in_hot_standby") == b"on"
         self.cursor_factory = _guarded(psycopg.AsyncCursor)
         self.server_cursor_factory = _guarded(psycopg.AsyncServerCursor)
 

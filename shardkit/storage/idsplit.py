@@ -50,7 +50,7 @@ def split(
     long, in seconds, it waits for transactions that have taken a number; then `MoveWaiting`. Raises what `plan` does,
     `JobRunning`, and `PreflightFailed` if rows of two shards have the same ids already.
     """
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     topology = catalog.current()
     if topology is None:
         raise NotInitialised("The catalog has no shard yet.")

@@ -106,7 +106,7 @@ def record(
 ) -> Topology:
     """Bring a topology into force by which other places are wanted for keys, and no row moves yet: weights, the wish to
     leave, pins. The caller holds the lease. `JobRunning` while a job carries out what was wanted before."""
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     catalog.require_no_job()
 
     def next_topology(before: Topology | None, version: int) -> Topology:
@@ -138,7 +138,7 @@ def leave(catalog: Catalog, shards: ShardConnections, shard: Shard, *, patience:
     `PreflightFailed` for what is in the way and nobody here can end; `MoveWaiting` where ``patience`` (seconds) ended
     before the transactions that have the shard open. Then nothing has changed.
     """
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     current = catalog.current()
     if current is None or shard.id not in current.by_id:
         assert current is not None

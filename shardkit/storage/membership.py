@@ -91,7 +91,7 @@ def join(
     ``patience`` is how long, in seconds, it waits for the transactions that may write reference tables without it;
     then `MoveWaiting`, and nothing has changed.
     """
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     url = without_password(url)
     with connect_shard(url, name) as connection:
         expected = check_join(catalog, shards, connection, name=name, url=url, weight=weight)
@@ -189,7 +189,7 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTa
     the ring would stand on wrong shards. Reference tables must exist with the same rows on every shard, home tables on
     their shard. Declaring what is declared already changes nothing.
     """
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     current = catalog.current()
     if current is None:
         raise NotInitialised(

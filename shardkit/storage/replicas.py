@@ -34,7 +34,7 @@ def add(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Topo
 
     `IncompatibleServer` for a database that is no standby of this shard, `ShardUnreachable` for one that is not there.
     """
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     url = without_password(url)
     current = _current(catalog)
     shard = current.named(name)
@@ -52,7 +52,7 @@ def add(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Topo
 
 def remove(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Topology:
     """Take a replica off the list; the caller holds the lease. It need not answer. `NoReplica`."""
-    change.settle(catalog, shards)
+    change.settle_no_job(catalog, shards)
     url = without_password(url)
     shard = _current(catalog).named(name)
     if url not in shard.replicas:

@@ -35,7 +35,13 @@ def sqlalchemy_url(url: str) -> URL:
 def conninfo(url: str, **extra: str | int | None) -> str:
     """The libpq connection string of a URL, with further parameters."""
     dialect: Dialect = PGDialect_psycopg()  # type: ignore[no-untyped-call]
-    _, options = dialect.create_connect_args(sqlalchemy_url(url))
+    try:
+        _, options = dialect.create_connect_args(sqlalchemy_url(url))
+    except ArgumentError as error:
+        raise UsageError(
+            f"The URL cannot be understood: {redacted(url)}: {error}",
+            hint="Several hosts look like postgresql://user@/database?host=one:5432&host=two:5432.",
+        ) from error
     return make_conninfo("", **{**options, **extra})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -19,7 +20,7 @@ from shardkit.storage.connections import connect
 from tests.acceptance.conftest import Program
 from tests.fix_backups import BackUp
 from tests.fix_postgres import FreshDatabase, NewCluster
-from tests.fix_shards import MakeShards, Shards, fill, owner_of
+from tests.fix_shards import SCHEMA, MakeShards, Shards, fill, owner_of
 from tests.movers import run_forked
 
 USERS = 100
@@ -87,32 +88,32 @@ def test_a_standby_that_took_over(
         standby.catch_up()
         new = standby.url("app")
         listed = call("shard", "replica", "one", new, "--json").ok().document
-        call("shard", "set-url", "one", new).failed(3, "is a standby", "promoted first")
-        call("shard", "set-url", "two", new).failed(3, "is shard 'one'")
-        call("shard", "set-url", "one", fresh_database(2)).failed(3, "is no shard")
-        call("shard", "set-url", "three", new).failed(3, "There is no shard 'three'")
-        call("shard", "set-url", "one", "postgresql://host").failed(2, "names no database")
+        call("shard", "set-url", f"one={new}").failed(3, "is a standby", "promoted first")
+        call("shard", "set-url", f"two={new}").failed(3, "is shard 'one'")
+        call("shard", "set-url", f"one={fresh_database(2)}").failed(3, "is no shard")
+        call("shard", "set-url", f"three={new}").failed(3, "There is no shard 'three'")
+        call("shard", "set-url", "one=postgresql://host").failed(2, "names no database")
+        call("shard", "set-url", new).failed(2, "Not NAME=URL")
+        call("shard", "set-url", f"one={new}", f"one={new}").failed(2, "named twice")
 
         standby.catch_up()
         with psycopg.connect(standby.conninfo(), autocommit=True) as connection:
             connection.execute("SELECT pg_promote()")
-        call("shard", "set-url", "one", new).failed(
+        call("shard", "set-url", f"one={new}").failed(
             3, "another database takes writes as this shard", "Stop the server at the old URL"
         )
         primary.kill()
-        done = program("shard", "set-url", "one", new, "--json").ok().document
+        done = program("shard", "set-url", f"one={new}", "--json").ok().document
         assert done == {
             "version": listed["version"] + 1,
-            "shard": "one",
-            "url": listed["replicas"][0],
-            "behind": False,
+            "shards": [{"shard": "one", "url": listed["replicas"][0], "behind": False}],
             "unreachable": [],
             "next": "`shardkit rebalance run` gives every shard its share; `shardkit rebalance plan` shows what would "
             "move.",
         }
         shards = call("shard", "list", "--json").ok().document["shards"]
         assert [shard["replicas"] for shard in shards] == [[], []]
-        again = call("shard", "set-url", "one", new).ok()
+        again = call("shard", "set-url", f"one={new}").ok()
         assert call("shard", "list", "--json").ok().document["version"] == done["version"], again
         # It has known the old URL alone.
         with sessions.begin() as session:
@@ -123,26 +124,66 @@ def test_a_standby_that_took_over(
             assert session.get_one(User, 1).n == 1
 
 
-@pytest.mark.parametrize("point", ["copying.poll", "closing.committed:2", "opening.committed:2"])
-def test_in_the_middle_of_a_job(two: Shards, servers: Clusters, call: Program, point: str) -> None:
-    """The database that gives keys away moves while nobody carries the job; what was decided stays decided."""
+@pytest.mark.parametrize(
+    ("point", "moved"),
+    [
+        ("copying.poll", ["s1"]),
+        ("closing.committed:2", ["s1"]),
+        ("closing.committed:2", ["s1", "s2"]),
+        ("opening.committed:2", ["s2"]),
+    ],
+)
+def test_in_the_middle_of_a_job(
+    two: Shards, servers: Clusters, call: Program, point: str, moved: list[str]
+) -> None:
+    """Databases move while nobody carries the job; what was decided stays decided."""
     run = ("rebalance", "run", "--yes")
     assert run_forked("command", two.catalog_url, point, arguments=run) == -signal.SIGKILL
-    url = rename(servers, two, "s1", f"moved_{two.on('s1').info.dbname}")
+    urls = {name: rename(servers, two, name, f"moved_{two.on(name).info.dbname}") for name in moved}
     assert call("rebalance", "resume", "--patience", "1").code in (3, 5)
-    set_url = call("shard", "set-url", "s1", url, "--json").ok().document
-    assert (set_url["behind"], set_url["next"].split()[0]) == (False, "`shardkit")
+    done = call("shard", "set-url", *(f"{name}={url}" for name, url in urls.items()), "--json").ok().document
+    assert [(each["shard"], each["behind"]) for each in done["shards"]] == [(name, False) for name in moved]
     call("rebalance", "resume").ok()
     call("verify").ok()
     two.assert_clean()
     assert sum(map(len, two.rows(two.tables[1]).values())) == USERS
 
 
+def test_a_way_back_begins_though_the_opening_was_left_to_it(
+    two: Shards, servers: Clusters, call: Program
+) -> None:
+    run = ("rebalance", "run", "--yes", "--keep-source")
+    point = "cutting over.before opening"
+    assert run_forked("command", two.catalog_url, point, arguments=run) == -signal.SIGKILL
+    url = rename(servers, two, "s2", f"moved_{two.on('s2').info.dbname}")
+    call("shard", "set-url", f"s2={url}").ok()
+    call("rebalance", "resume").ok()
+    call("rebalance", "rollback").ok()
+    two.assert_clean()
+    assert len(two.rows(two.tables[1])["s1"]) == USERS
+
+
+def test_a_source_takes_writes_again_though_the_opening_was_left_to_it(
+    two: Shards, servers: Clusters, call: Program
+) -> None:
+    call("rebalance", "run", "--yes", "--keep-source").ok()
+    back = ("rebalance", "rollback")
+    assert run_forked("command", two.catalog_url, "closing.committed", arguments=back) == -signal.SIGKILL
+    url = rename(servers, two, "s2", f"moved_{two.on('s2').info.dbname}")
+    call("shard", "set-url", f"s2={url}").ok()
+    with shardkit.connect(two.catalog_url) as cluster, cluster.sessionmaker()() as session:
+        for key in range(1, USERS + 1):
+            session.get_one(User, key).n = 7
+            session.commit()
+    call("rebalance", "resume").ok()
+    two.assert_clean()
+
+
 def test_while_a_source_is_kept(two: Shards, servers: Clusters, call: Program) -> None:
     """What is written on the target that moved goes on to flow back."""
     call("rebalance", "run", "--yes", "--keep-source").ok()
     url = rename(servers, two, "s2", f"moved_{two.on('s2').info.dbname}")
-    done = call("shard", "set-url", "s2", url, "--json").ok().document
+    done = call("shard", "set-url", f"s2={url}", "--json").ok().document
     assert "rebalance finalize" in done["next"]
     with shardkit.connect(two.catalog_url) as cluster, cluster.sessionmaker()() as session:
         for key in (key for key in range(1, USERS + 1) if owner_of(two.topology(), key) == "s2"):
@@ -155,12 +196,107 @@ def test_while_a_source_is_kept(two: Shards, servers: Clusters, call: Program) -
     assert any(row[2] == 7 for row in rows)
 
 
+def test_a_joining_that_was_proposed(
+    two: Shards, servers: Clusters, fresh_database: FreshDatabase, call: Program
+) -> None:
+    url = fresh_database(2)
+    with connect(url) as connection:
+        connection.execute(SCHEMA)
+    add = ("shard", "add", "s3", url, "--no-run")
+    assert run_forked("command", two.catalog_url, "change.proposed", arguments=add) == -signal.SIGKILL
+    with connect(url) as connection:
+        two._open["s3"] = connection
+        moved = rename(servers, two, "s3", f"moved_{connection.info.dbname}")
+        del two._open["s3"]
+    call("shard", "set-url", f"s3={moved}").ok()
+    assert [shard.name for shard in two.topology().shards] == ["s1", "s2", "s3"]
+    call("doctor").ok()
+
+
+def test_an_old_server_that_may_take_writes(two: Shards, servers: Clusters, call: Program) -> None:
+    """It answers, and lets nobody in."""
+    first, second = (_copy(servers, two, "s1", name) for name in ("first_copy", "second_copy"))
+    old = two.on("s1").info.dbname
+    server = next(each for each in servers if str(each.socket_dir) == two.on("s1").info.host)
+    try:
+        with connect(server.url()) as postgres:
+            postgres.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(sql.Identifier(old)))
+        call("shard", "set-url", f"s1={first}").failed(
+            3, "a server answers that does not let us see", "--old-stopped"
+        )
+        # What is only proposed may take writes, too.
+        arguments = ["shard", "set-url", f"s1={first}", "--old-stopped"]
+        point = "change.proposed"
+        assert run_forked("command", two.catalog_url, point, arguments=arguments) == -signal.SIGKILL
+        call("shard", "set-url", f"s1={second}", "--old-stopped").failed(
+            3, "another database takes writes as this shard"
+        )
+        call("shard", "set-url", f"s1={first}", "--old-stopped").ok()
+        call("doctor").ok()
+    finally:
+        with connect(server.url()) as postgres:
+            postgres.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(sql.Identifier(old)))
+        two.on("s1").close()
+        for name in ("first_copy", "second_copy"):
+            server.drop_database(name)
+
+
+def _copy(servers: Clusters, shards: Shards, name: str, new: str) -> str:
+    """A copy of the database of a shard, as it is; its URL."""
+    connection = shards.on(name)
+    old, socket = connection.info.dbname, connection.info.host
+    connection.close()
+    server = next(each for each in servers if str(each.socket_dir) == socket)
+    server.create_database(new, old)
+    return server.url(new)
+
+
+def test_a_standby_at_the_old_url_is_not_read(
+    new_cluster: NewCluster,
+    fresh_database: FreshDatabase,
+    folder: Path,
+    call: Program,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An application that knows that URL alone asks where the shard is."""
+    monkeypatch.setenv("PGSERVICEFILE", str(folder / "services.conf"))
+    catalog = fresh_database(0)
+    monkeypatch.setenv("SHARDKIT_CATALOG", catalog)
+    primary = new_cluster()
+
+    def serve(server: Cluster) -> None:
+        where = f"host={server.socket_dir}\nport={server.port}\nuser={server.user}\n"
+        (folder / "services.conf").write_text(f"[one]\n{where}")
+
+    new = primary.create_database("app")
+    serve(primary)
+    call("init").ok()
+    call("shard", "add", "one", "postgresql:///app?service=one").ok()
+    with Standby(primary) as standby, shardkit.connect(catalog) as cluster:
+        cluster.create_all(Base.metadata)
+        sessions = cluster.sessionmaker()
+        with sessions.begin() as session:
+            session.add(User(id=1, name="x"))
+        standby.catch_up()
+        standby.pause()
+        call("shard", "set-url", f"one={new}").ok()
+        with connect(new) as connection:
+            connection.execute("UPDATE public.users SET n = 100")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+                "WHERE datname = 'app' AND pid <> pg_backend_pid()"
+            )
+        serve(standby)
+        with sessions() as session:
+            assert session.get_one(User, 1).n == 100
+
+
 def test_another_name_of_the_same_database(two: Shards, call: Program) -> None:
     url = two.topology().named("s2").url
-    call("shard", "set-url", "s1", url).failed(2, "This is the URL of shard s2")
+    call("shard", "set-url", f"s1={url}").failed(2, "This is the URL of shard s2")
     mine = two.topology().named("s1").url
     other = f"{mine}{'&' if '?' in mine else '?'}application_name=other"
-    assert "other" in call("shard", "set-url", "s1", other).ok().out
+    assert "other" in call("shard", "set-url", f"s1={other}").ok().out
     call("doctor").ok()
 
 
@@ -173,8 +309,8 @@ def test_one_that_is_behind_is_readmitted_at_its_new_url(
     backup.restore()
     two.on("s1").close()
     url = rename(servers, two, "s1", f"restored_{two.on('s1').info.dbname}")
-    done = call("shard", "set-url", "s1", url, "--json").ok().document
-    assert done["behind"] is True
+    done = call("shard", "set-url", f"s1={url}", "--json").ok().document
+    assert done["shards"][0]["behind"] is True
     assert done["next"].startswith("`shardkit shard readmit s1`")
     call("shard", "readmit", "s1", "--yes").ok()
     call("verify", "--repair", "--yes").ok()

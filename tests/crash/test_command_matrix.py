@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from configparser import ConfigParser
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from shardkit.core.errors import ShardBehind
 from shardkit.core.topology import ShardedTable
 from shardkit.storage import failpoints, fence, numbering, predicate
 from shardkit.storage.connections import connect, value
-from shardkit.storage.urls import sqlalchemy_url, without_password
+from shardkit.storage.urls import sqlalchemy_url
 from tests import applications
 from tests.applications import Failure
 from tests.outages import ACCOUNTS, World
+from tests.sharded import until
 
 from .test_matrix import EVENTS, KILL_ABORT, Event, Worlds, concerns
 
@@ -103,6 +105,8 @@ class CommandWorld(World):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self._services = [folder / "direct.conf", folder / "proxied.conf"]
+        self._serve(moved=False)
         self.servers["two"].create_database("third")
         self.cluster.create_all(Base.metadata)
         self.act("command", arguments=SPLIT.arguments)
@@ -189,19 +193,19 @@ class CommandWorld(World):
         server = self.servers["one"]
         self.applications.pause()
         with self.cashier.turn:
-            self._end_sessions()
+            self._end_sessions("one")
             server.create_database("app_before", "app")
             self.act("move", weights=weights)
             # Routers as old as the shard would be let in there: who restores a shard keeps them away.
             self.cluster.router.adopt(self.topology)
-            self._end_sessions()
+            self._end_sessions("one")
             server.drop_database("app")
             server.create_database("app", "app_before")
             server.drop_database("app_before")
         self.applications.go_on()
 
-    def _end_sessions(self) -> None:
-        with connect(self.servers["one"].url()) as connection:
+    def _end_sessions(self, server: str) -> None:
+        with connect(self.servers[server].url()) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = 'app'"
             )
@@ -219,6 +223,34 @@ class CommandWorld(World):
             )
         self.act("command", arguments=["verify", "--repair", "--yes"])
         return one.fence.relation in fence.relations(connection)
+
+    # --- a server that moves -----------------------------------------------------------------------------------------
+
+    def _serve(self, *, moved: bool) -> None:
+        """The second server is at another address; with ``moved`` nothing is at the one that it had."""
+        for path in self._services:
+            services = ConfigParser()
+            services.read(path)
+            if "elsewhere" not in services:
+                services["elsewhere"] = services["two"]
+            services["two"] = dict(services["elsewhere"]) | (
+                {"host": "127.0.0.1", "port": "1"} if moved else {}
+            )
+            with path.open("w") as file:
+                services.write(file, space_around_delimiters=False)
+
+    def move_server(self) -> None:
+        """Nothing answers any more where the topology says that a shard is."""
+        self._serve(moved=False)
+        self.act("command", arguments=["shard", "set-url", f"two={TWO}"])
+        self._serve(moved=True)
+        self._end_sessions("two")
+
+    def is_found(self) -> bool:
+        """Whether applications have learned where the shard is."""
+        until(lambda: self.cluster.topology.named("two").url == ELSEWHERE, "applications learn of it")
+        self._serve(moved=False)
+        return self.topology.named("two").url == ELSEWHERE
 
 
 @dataclass(frozen=True)
@@ -295,17 +327,17 @@ READMIT = Command(
     CommandWorld.is_forward,
     lambda failure: isinstance(failure.error, ShardBehind) or failure.server_is_away,
 )  # fmt: skip
-TWO = "postgresql:///app?service=two"
-TWO_RENAMED = f"{TWO}&fallback_application_name=renamed"
+TWO, ELSEWHERE = "postgresql:///app?service=two", "postgresql:///app?service=elsewhere"
 SET_URL = Command(
     "set-url",
-    ("shard", "set-url", "two", TWO_RENAMED),
+    ("shard", "set-url", f"two={ELSEWHERE}"),
     (
         "change.proposed", "change.decided", "change.recorded",
         *edges("catalog.propose", "catalog.record"),
     ),
-    lambda world: world.act("command", arguments=["shard", "set-url", "two", TWO]),
-    lambda world: world.topology.named("two").url == without_password(TWO_RENAMED),
+    CommandWorld.move_server,
+    CommandWorld.is_found,
+    lambda failure: failure.server_is_away,
 )  # fmt: skip
 COMMANDS = {command.name: command for command in (ADD, REMOVE, SPLIT, READMIT, SET_URL)}
 CELLS = tuple(
