@@ -434,7 +434,7 @@ class TopologyUnsettled(RetryLater):
 class ShardUnreachable(RetryLater):
     """A shard does not answer.
 
-    Check the server; if it is elsewhere now, `shardkit shard set-url` says so. Keys of other shards are not affected.
+    Check the server and the URL (`shardkit shard set-url` changes it); keys of other shards are not affected.
     """
 
 

@@ -490,3 +490,9 @@ def test_what_nobody_expects(one: Shards, call: Program, monkeypatch: pytest.Mon
     assert "error: ZeroDivisionError: postgresql://me:***@host/x" in outcome.err
     assert "sesame" not in outcome.out + outcome.err
     assert outcome.document["error"] == "unexpected"
+
+
+def test_a_url_of_several_hosts_that_nobody_can_read(one: Shards, call: Program) -> None:
+    mixed = "postgresql://postgres@/app?host=one&port=5432&host=two"
+    with untouched(one.catalog_url):
+        call("shard", "add", "s2", mixed, "--yes").failed(2, "The URL cannot be understood", "Several hosts")

@@ -36,7 +36,7 @@ COMMITTED, UNKNOWN, NOTHING = 0, 10, 11
 """Exit codes of the application: what it was told."""
 
 
-BEFORE = ("two_phase.noted", "two_phase.preparing")
+UNPREPARED = ("two_phase.noted", "two_phase.preparing")
 DECIDED = ("two_phase.decided", "two_phase.finishing", "two_phase.finished", "two_phase.forgotten")
 
 
@@ -166,15 +166,15 @@ def run(world: World, case: str, event: Event) -> None:
 
 
 def told(point: str, event: Event) -> tuple[int, ...]:
-    """What the application may be told. That it is not known, only where the decision itself was on its way."""
+    """What the application may be told: that it is not known only if the way to the shard that decides was lost."""
     if event.name == "SIGTERM":
         return (-signal.SIGTERM,)
     if event.name == "SIGINT":
         return (UNKNOWN,)
     if point in DECIDED or event.name.startswith("catalog"):
         return (COMMITTED,)
-    if point in BEFORE:
-        return (COMMITTED, NOTHING)
+    if event.name.startswith("target"):
+        return (NOTHING,) if point in UNPREPARED else (COMMITTED,)
     return (COMMITTED, NOTHING, UNKNOWN)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from uuid import uuid4
 
 import psycopg
@@ -26,11 +27,12 @@ from shardkit.core.errors import (
 from shardkit.core.keyrange import ArcSet, slot_arc
 from shardkit.core.topology import ShardedTable, Topology
 from shardkit.rebalance.mover import Mover
-from shardkit.storage import change, fence, membership, migrate, servers
+from shardkit.storage import change, fence, idsplit, membership, migrate, replicas, servers
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import Connection, connect, value
 from tests.fix_postgres import FreshDatabase
 from tests.fix_shards import SCHEMA, TABLES, MakeShards, Shards, fill
+from tests.movers import run_forked
 from tests.sharded import until
 
 ARCS = ArcSet([slot_arc(0, 100)])
@@ -125,6 +127,24 @@ def test_a_proposal_that_was_decided_is_finished(make_shards: MakeShards) -> Non
         change.settle(catalog, connections)
         assert catalog.current() == proposal
     assert proposal.by_id[1].fence.relation in fence.relations(shards.on("s2"))
+
+
+def test_what_a_job_left_is_settled_by_its_mover_alone(make_shards: MakeShards) -> None:
+    """Who knows nothing of jobs would open the target without what the way back needs."""
+    shards = make_shards(2)
+    fill(shards.on("s1"), 20)
+    assert run_forked("keep", shards.catalog_url, "cutting over.before opening") == -signal.SIGKILL
+    with shards.writer() as (catalog, connections):
+        with pytest.raises(JobRunning):
+            membership.declare(catalog, connections, [])
+        with pytest.raises(JobRunning):
+            replicas.remove(catalog, connections, "s1", "postgresql:///other")
+        with pytest.raises(JobRunning):
+            idsplit.split(catalog, connections)
+        assert catalog.proposed() is not None
+    shards.resume()
+    shards.rollback()
+    shards.assert_clean()
 
 
 def _cut_over(current: Topology | None, version: int) -> Topology:

@@ -113,8 +113,7 @@ def test_a_bare_error_speaks_for_itself() -> None:
     error = ShardUnreachable()
     assert str(error) == (
         "A shard does not answer.\n"
-        "Check the server; if it is elsewhere now, `shardkit shard set-url` says so. Keys of other shards are not "
-        "affected."
+        "Check the server and the URL (`shardkit shard set-url` changes it); keys of other shards are not affected."
     )
     assert error.fields == {}
     assert pickle.loads(pickle.dumps(error)).as_dict() == error.as_dict()
