@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import NotInitialised
 from shardkit.core.residues import STRIDE_MAX
 from shardkit.storage import idplan, idsplit
 from shardkit.storage.catalog import Catalog
@@ -73,11 +72,7 @@ def split(
         Catalog.open(catalog, application="shardkit ids") as opened,
         ShardConnections("shardkit ids") as reached,
     ):
-        topology = opened.current()
-        if topology is None:
-            raise NotInitialised(
-                "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-            )
+        topology = opened.require_current()
         planned = idplan.plan(topology, reached, names, shards)
         changes = not plan_only and not all(each.done for each in planned)
         if changes:

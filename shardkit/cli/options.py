@@ -13,6 +13,7 @@ import typer
 
 from shardkit.core.errors import UsageError
 from shardkit.core.move import Mode
+from shardkit.storage.urls import redacted, sqlalchemy_url
 
 CATALOG_VARIABLE = "SHARDKIT_CATALOG"
 JSON_VARIABLE = "SHARDKIT_JSON"
@@ -56,6 +57,16 @@ KeepSource = Annotated[
         help="Let the sources keep the moved rows, as they are written, until `rebalance finalize` or `rollback`.",
     ),
 ]
+
+def database_url(url: str) -> str:
+    """The URL; `UsageError` if it names no database."""
+    if sqlalchemy_url(url).database is None:
+        raise UsageError(
+            f"The URL names no database: {redacted(url)}",
+            hint="It looks like postgresql://user@host:5432/database.",
+        )
+    return url
+
 
 MoveMode = Annotated[
     Mode,

@@ -7,18 +7,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import UsageError
 from shardkit.core.topology import Topology
 from shardkit.storage import replicas
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
-from shardkit.storage.urls import redacted, sqlalchemy_url
+from shardkit.storage.urls import redacted
 
-from .options import AsJson, CatalogUrl
+from .options import AsJson, CatalogUrl, database_url
 from .output import next_step, show, table
 
 Name = Annotated[str, typer.Argument(help="The shard.")]
-Url = Annotated[str, typer.Argument(help="The database on one of its standbys; the password is not stored.")]
+Url = Annotated[
+    str,
+    typer.Argument(
+        callback=database_url, help="The database on one of its standbys; the password is not stored."
+    ),
+]
 Remove = Annotated[
     bool,
     typer.Option("--remove", envvar="SHARDKIT_REMOVE", help="Take it off the list; it need not answer."),
@@ -35,11 +39,6 @@ def replica(
     Nothing closes and no row moves. Applications that run learn of it with the next topology they meet, or when they
     ask for a replica of a shard that lists none.
     """
-    if sqlalchemy_url(url).database is None:
-        raise UsageError(
-            f"The URL names no database: {redacted(url)}",
-            hint="It looks like postgresql://user@host:5432/database.",
-        )
     with Catalog.open(catalog) as opened, ShardConnections("shardkit replica") as shards:
         opened.take_lease()
         change = replicas.remove if remove else replicas.add

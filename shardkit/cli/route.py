@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from shardkit.core import ids
-from shardkit.core.errors import KeyTypeError, NotInitialised
+from shardkit.core.errors import KeyTypeError
 from shardkit.core.keyrange import ArcSet, hex_position, slot_arc, slot_of
 from shardkit.core.ring import position
 from shardkit.core.topology import Topology
@@ -149,12 +149,7 @@ def _time(unix_ms: int) -> str:
 
 def _current(catalog: str) -> Topology:
     with Catalog.open(catalog) as opened:
-        topology = opened.current()
-    if topology is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
-    return topology
+        return opened.require_current()
 
 
 def guess(key: str, declared: Collection[str] = ()) -> KeyFamily:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from sqlalchemy import MetaData
 
-from shardkit.core.errors import NotInitialised, UsageError
+from shardkit.core.errors import UsageError
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, ShardedTable, Topology
 from shardkit.orm.declare import declared_tables, problems
 from shardkit.storage import membership
@@ -59,11 +59,7 @@ def declare(models: Models, catalog: CatalogUrl, create: Create = False, as_json
     for problem in problems(metadata):
         narrate(f"note: {problem}")
     with Catalog.open(catalog) as opened, ShardConnections("shardkit declare") as shards:
-        before = opened.current()
-        if before is None:
-            raise NotInitialised(
-                "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-            )
+        before = opened.require_current()
         opened.take_lease()
         if create:
             _create(opened, before, metadata, wanted)

@@ -13,10 +13,10 @@ from shardkit.rebalance import addresses
 from shardkit.rebalance.addresses import Located
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
-from shardkit.storage.urls import redacted, sqlalchemy_url
+from shardkit.storage.urls import redacted
 
 from . import jobs
-from .options import AsJson, CatalogUrl
+from .options import AsJson, CatalogUrl, database_url
 from .output import narrate, next_step, show, table
 
 Changes = Annotated[
@@ -85,14 +85,9 @@ def _parsed(changes: Iterable[str]) -> dict[str, str]:
                 f"Not NAME=URL: {redacted(change) if '://' in name else change!r}.",
                 hint="It looks like s1=postgresql://user@host:5432/database.",
             )
-        if sqlalchemy_url(url).database is None:
-            raise UsageError(
-                f"The URL names no database: {redacted(url)}",
-                hint="It looks like postgresql://user@host:5432/database.",
-            )
         if name in urls:
             raise UsageError(f"Shard {name} is named twice.", hint="Name each shard once.")
-        urls[name] = url
+        urls[name] = database_url(url)
     return urls
 
 

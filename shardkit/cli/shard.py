@@ -38,6 +38,7 @@ from .options import (
     Patience,
     PlanOnly,
     Yes,
+    database_url,
     one_of,
 )
 from .output import narrate, next_step, percent, show, table
@@ -60,20 +61,11 @@ def _shard_name(name: str) -> str:
     return name
 
 
-def _shard_url(url: str) -> str:
-    if sqlalchemy_url(url).database is None:
-        raise UsageError(
-            f"The URL names no database: {redacted(url)}",
-            hint="It looks like postgresql://user@host:5432/database.",
-        )
-    return url
-
-
 Name = Annotated[str, typer.Argument(callback=_shard_name, help="What to call the shard.")]
 Url = Annotated[
     str,
     typer.Argument(
-        callback=_shard_url,
+        callback=database_url,
         help="Its database. The password is not stored: it comes from PGPASSFILE, PGPASSWORD or a service file.",
     ),
 ]

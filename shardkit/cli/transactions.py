@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from shardkit.core.errors import EXIT_RETRY, NotInitialised
+from shardkit.core.errors import EXIT_RETRY
 from shardkit.core.topology import Topology
 from shardkit.storage import indoubt
 from shardkit.storage.catalog import Catalog
@@ -58,12 +58,7 @@ def recover(catalog: CatalogUrl, as_json: AsJson = False) -> None:
 
 def _topology(catalog: str) -> Topology:
     with Catalog.open(catalog) as opened:
-        topology = opened.current()
-    if topology is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
-    return topology
+        return opened.require_current()
 
 
 def _away(topology: Topology, shards: ShardConnections) -> list[str]:

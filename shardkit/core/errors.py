@@ -159,6 +159,13 @@ class NotInitialised(Refused):
     """
 
 
+def no_shard_yet() -> NotInitialised:
+    """Where there is a catalog, and no shard in it."""
+    return NotInitialised(
+        "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
+    )
+
+
 class AlreadyShard(Refused):
     """This database is a shard already.
 

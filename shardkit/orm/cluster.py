@@ -19,7 +19,7 @@ from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util.concurrency import greenlet_spawn
 
-from shardkit.core.errors import NotInitialised, ShardkitError, ShardUnreachable, UsageError
+from shardkit.core.errors import NotInitialised, ShardkitError, ShardUnreachable, UsageError, no_shard_yet
 from shardkit.core.topology import DeclaredTable, HomeTable, Topology
 from shardkit.storage import membership
 from shardkit.storage.breaker import FAILURES, SECONDS
@@ -265,7 +265,5 @@ def _read(url: str) -> tuple[Topology, UUID]:
         else:
             raise NotInitialised
     if topology is None or cluster is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first: `shardkit shard add NAME URL`."
-        )
+        raise no_shard_yet()
     return topology, cluster

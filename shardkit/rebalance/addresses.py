@@ -13,13 +13,7 @@ from dataclasses import dataclass
 
 import psycopg
 
-from shardkit.core.errors import (
-    IncompatibleServer,
-    NotInitialised,
-    ShardUnreachable,
-    TwoPrimaries,
-    UsageError,
-)
+from shardkit.core.errors import IncompatibleServer, ShardUnreachable, TwoPrimaries, UsageError, no_shard_yet
 from shardkit.core.topology import Shard, Topology
 from shardkit.storage import change, claims, fence, replication
 from shardkit.storage.catalog import Catalog
@@ -55,9 +49,7 @@ def set_urls(
     urls = {name: without_password(url) for name, url in urls.items()}
     known = [topology for topology in (catalog.current(), catalog.proposed()) if topology is not None]
     if not known:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
+        raise no_shard_yet()
     _require_own_urls(known, urls)
     for name, url in urls.items():
         shard = _named(known, name)
@@ -68,8 +60,7 @@ def set_urls(
         for old in {each.named(name).url for each in known if shard.id in each.by_id} - {url}:
             _require_alone(name, old, connection, claim, old_stopped)
     settle(catalog, shards)
-    topology = catalog.current()
-    assert topology is not None
+    topology = catalog.require_current()
     by_id = {topology.named(name).id: url for name, url in urls.items()}
     if any(topology.by_id[number].url != url for number, url in by_id.items()):
         topology = change.apply(catalog, shards, lambda now, version: _with_urls(now, version, by_id))

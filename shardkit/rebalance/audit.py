@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import psycopg
 
-from shardkit.core.errors import NotInitialised, RetryLater, ShardUnreachable
+from shardkit.core.errors import RetryLater, ShardUnreachable, no_shard_yet
 from shardkit.core.move import sentence
 from shardkit.core.topology import HomeTable, ReferenceTable, Shard, ShardedTable
 from shardkit.storage import references, standing, tables
@@ -105,9 +105,7 @@ class Audit:
     def _believed(self) -> Believed:
         found = standing.believed(self._catalog)
         if found is None:
-            raise NotInitialised(
-                "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-            )
+            raise no_shard_yet()
         return found
 
     def _there(self) -> list[Shard]:

@@ -21,7 +21,7 @@ from uuid import UUID, uuid4
 import psycopg
 from psycopg.types.json import Jsonb
 
-from shardkit.core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised
+from shardkit.core.errors import JobRunning, LeaseHeld, MoverSuperseded, NotInitialised, no_shard_yet
 from shardkit.core.keyrange import Arc, ArcSet
 from shardkit.core.move import FINAL, STILL, Mode, Phase
 from shardkit.core.placement import Placement
@@ -222,6 +222,13 @@ class Catalog:
     def current(self) -> Topology | None:
         """The topology in force; None before the first shard."""
         return read_current(self.connection)
+
+    def require_current(self) -> Topology:
+        """The topology in force; `NotInitialised` before the first shard."""
+        current = self.current()
+        if current is None:
+            raise no_shard_yet()
+        return current
 
     def proposed(self) -> Topology | None:
         """The one change that is pending, if there is one."""

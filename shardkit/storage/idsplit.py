@@ -19,7 +19,7 @@ from contextlib import ExitStack
 import psycopg
 from psycopg import sql
 
-from shardkit.core.errors import JobRunning, MoveWaiting, NotInitialised, PreflightFailed
+from shardkit.core.errors import JobRunning, MoveWaiting, PreflightFailed
 from shardkit.core.topology import ShardedTable, Split, Topology
 
 from . import change, inspection
@@ -51,9 +51,7 @@ def split(
     `JobRunning`, and `PreflightFailed` if rows of two shards have the same ids already.
     """
     change.settle_no_job(catalog, shards)
-    topology = catalog.current()
-    if topology is None:
-        raise NotInitialised("The catalog has no shard yet.")
+    topology = catalog.require_current()
     _refuse_moving(catalog, topology)
     for planned in plan(topology, shards, names, stride):
         if planned.done:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from shardkit.core.errors import MoveWaiting, NotInitialised, PreflightFailed
+from shardkit.core.errors import MoveWaiting, PreflightFailed, no_shard_yet
 from shardkit.core.topology import Shard, Topology
 
 from . import change, indoubt, tables
@@ -111,9 +111,7 @@ def record(
 
     def next_topology(before: Topology | None, version: int) -> Topology:
         if before is None:
-            raise NotInitialised(
-                "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-            )
+            raise no_shard_yet()
         return make(before, version)
 
     topology = change.apply(catalog, shards, next_topology)

@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shardkit.core.errors import (
-    AlreadyShard,
-    DeclarationError,
-    NameTaken,
-    NotInitialised,
-    PreflightFailed,
-    ShardNotEmpty,
-)
+from shardkit.core.errors import AlreadyShard, DeclarationError, NameTaken, PreflightFailed, ShardNotEmpty
 from shardkit.core.placement import initial
 from shardkit.core.topology import DeclaredTable, HomeTable, ReferenceTable, Shard, ShardedTable, Topology
 
@@ -190,11 +183,7 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTa
     their shard. Declaring what is declared already changes nothing.
     """
     change.settle_no_job(catalog, shards)
-    current = catalog.current()
-    if current is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
+    current = catalog.require_current()
     wanted = {(table.schema, table.name): table for table in new}
     for key, table in wanted.items():
         known = current.declared_tables.get(key)

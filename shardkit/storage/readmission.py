@@ -18,7 +18,6 @@ from psycopg import sql
 from shardkit.core.errors import (
     CatalogBehind,
     MoveWaiting,
-    NotInitialised,
     PreflightFailed,
     RetryLater,
     RowsGone,
@@ -114,11 +113,7 @@ def look(catalog: Catalog, shards: ShardConnections, name: str) -> Lag:
     `CatalogBehind` where the catalog is the older one, `ShardBehind` where the shard's own state makes no sense, so
     that it is not known what it has; `IncompatibleServer` where the database is another's.
     """
-    current = catalog.current()
-    if current is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
+    current = catalog.require_current()
     connection = shards.get(current.named(name))
     believed, found = standing.compared(catalog, current.named(name), connection)
     shard = believed.current.named(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import LiteralString
 
-from shardkit.core.errors import IncompatibleServer, NoReplica, NotInitialised, UsageError
+from shardkit.core.errors import IncompatibleServer, NoReplica, UsageError
 from shardkit.core.topology import Shard, Topology
 
 from . import change, claims, fence
@@ -36,7 +36,7 @@ def add(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> Topo
     """
     change.settle_no_job(catalog, shards)
     url = without_password(url)
-    current = _current(catalog)
+    current = catalog.require_current()
     shard = current.named(name)
     if url in shard.replicas:
         change.announce(catalog, shards, current)
@@ -54,7 +54,7 @@ def remove(catalog: Catalog, shards: ShardConnections, name: str, url: str) -> T
     """Take a replica off the list; the caller holds the lease. It need not answer. `NoReplica`."""
     change.settle_no_job(catalog, shards)
     url = without_password(url)
-    shard = _current(catalog).named(name)
+    shard = catalog.require_current().named(name)
     if url not in shard.replicas:
         listed = ", ".join(map(redacted, shard.replicas)) or "none"
         raise NoReplica(
@@ -91,15 +91,6 @@ def condition(shard: Shard, primary: Connection, replica: Connection) -> Conditi
     replayed = value(replica, _REPLAYED)
     behind = int(value(primary, _BEHIND, (replayed or "0/0",)))
     return Condition(max(behind, 0), shard.fence.relation in fence.relations(replica))
-
-
-def _current(catalog: Catalog) -> Topology:
-    current = catalog.current()
-    if current is None:
-        raise NotInitialised(
-            "The catalog has no shard yet.", hint="Add the first with `shardkit shard add NAME URL`."
-        )
-    return current
 
 
 def _change(catalog: Catalog, shards: ShardConnections, name: str, urls: tuple[str, ...]) -> Topology:
