@@ -121,7 +121,7 @@ class Cutover:
         if len(written) > IN_CUTOVER:
             raise Postponed(MANY)
         position = replication.position_now(self._stream.publisher)
-        self._flush_target()  # it reports how far it is while something else is looked at
+        # While this is looked at, the subscriber applies the last writes.
         if self._verifier.shapes_now() != self._verifier.shapes:
             raise Altered("a table was altered since its rows were compared")
         self._catch_up(position)
@@ -148,6 +148,7 @@ class Cutover:
         stream = self._stream
         started = time.monotonic()
         while True:
+            self._draw_answer()
             sender = replication.sender(stream.publisher, stream.name)
             if sender is None or sender.pid != self._before.sender or sender.state != "streaming":
                 raise Postponed("the replication connection was lost")
@@ -155,7 +156,6 @@ class Cutover:
                 break
             if time.monotonic() - started > CATCH_UP_LIMIT:
                 raise Postponed(f"the target lags {sender.lag_bytes} bytes behind")
-            self._draw_answer()
         after = replication.copy_state(stream.subscriber, stream.name)
         if after is None or not after.enabled or after.errors != self._before.errors:
             raise Postponed("the subscription met an error")
@@ -184,7 +184,7 @@ class Cutover:
         """Have the target say now how far it is. By itself it reports what it applied only when that is flushed, which
         is up to 400 ms later (twice wal_writer_delay), and it reports when it hears something."""
         self._flush_target()
-        replication.position_now(self._stream.publisher)
+        replication.emit(self._stream.publisher)
 
     def pause_ms(self) -> dict[str, float]:
         """Milliseconds from the request of the lock to the opening, whole and by part."""

@@ -215,8 +215,8 @@ class _Guarded(BaseConnection[Any]):
         try:
             yield from self._simple(self._get_tx_start_command() + b"; " + _lock(guard.fence))
         except _NO_FENCE as error:
-            yield from self._simple(b"ROLLBACK")
-            raise StaleFence(guard.shard_name, guard.fence, (yield from self._copy_gen(guard))) from error
+            copy = yield from self._copy_gen(guard, first=b"ROLLBACK; ")
+            raise StaleFence(guard.shard_name, guard.fence, copy) from error
         except _IMPATIENT:
             yield from self._simple(b"ROLLBACK")
             raise
@@ -272,14 +272,15 @@ class _Guarded(BaseConnection[Any]):
             yield from self._simple(_UNDO)
             raise
 
-    def _copy_gen(self, guard: Guard) -> Any:
-        """The shard's copy of the topology; None where it cannot be read, so that others are asked.
+    def _copy_gen(self, guard: Guard, *, first: bytes = b"") -> Any:
+        """The shard's copy of the topology; None where it cannot be read, so that others are asked. A command may come
+        ``first`` in the same message.
 
         `IncompatibleServer` for the database of another shard: what it holds is no news of this one.
         """
-        in_transaction = self.pgconn.transaction_status != IDLE
+        in_transaction = not first and self.pgconn.transaction_status != IDLE
         try:
-            results = yield from self._simple((_SAVE if in_transaction else b"") + _READ_COPY)
+            results = yield from self._simple((_SAVE if in_transaction else first) + _READ_COPY)
         except psycopg.DatabaseError:
             if self.pgconn.status != pq.ConnStatus.OK:
                 raise
