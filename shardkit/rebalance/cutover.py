@@ -17,7 +17,7 @@ import psycopg
 
 from shardkit.core.errors import MoveWaiting
 from shardkit.storage import inspection, numbering, replication, sequences, sourceguard
-from shardkit.storage.connections import Connection
+from shardkit.storage.connections import Connection, at_once, only
 from shardkit.storage.failpoints import failpoint
 
 from .opening import Opening
@@ -117,14 +117,17 @@ class Cutover:
         sourceguard.wait_for_writers(source, run.row.id)
         # What triggers do not note, as a partition that was detached with its rows, changes the shape of a table.
         inspection.lock_shape(source, run.tables)
-        written = self._verifier.written_at_source(IN_CUTOVER + 1)
+        publisher = self._stream.publisher
+        with at_once(publisher, self._stream.subscriber):
+            noted = sourceguard.ask_changes(publisher, run.row.id, IN_CUTOVER + 1)
+            position = replication.ask_position(publisher)
+            shapes = self._verifier.shapes_now()  # meanwhile the subscriber applies the last writes
+        written = set(sourceguard.read_changes(noted))
         if len(written) > IN_CUTOVER:
             raise Postponed(MANY)
-        position = replication.position_now(self._stream.publisher)
-        # While this is looked at, the subscriber applies the last writes.
-        if self._verifier.shapes_now() != self._verifier.shapes:
+        if shapes != self._verifier.shapes:
             raise Altered("a table was altered since its rows were compared")
-        self._catch_up(position)
+        self._catch_up(str(only(position)))
         self.clock("caught_up")
         self._flush_target()
         self._require_standbys()

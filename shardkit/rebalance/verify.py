@@ -98,10 +98,6 @@ class Verifier:
         """What DDL, or a TRUNCATE, would have changed on either side since `shapes`."""
         return inspection.shapes((self.source, self.target), self.tables, self.transfer)
 
-    def written_at_source(self, limit: int) -> set[Suspect]:
-        """Rows that applications wrote since the last comparison; about ``limit`` at most."""
-        return set(sourceguard.peek_changes(self.source, self.transfer, limit))
-
     def remaining_differences(self, written: set[Suspect], statement_timeout: str) -> None:
         """The last comparison, inside the cutover: of what was ``written`` at the source since, when nobody could write
         there any more, and of what somebody else wrote on the target, which has caught up.

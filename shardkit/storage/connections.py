@@ -201,5 +201,10 @@ def at_once(*connections: Connection) -> Iterator[None]:
 
 def value(connection: Connection, query: Any, parameters: Any = None) -> Any:
     """The first column of the first row, or None."""
-    row = connection.execute(query, parameters).fetchone()
+    return only(connection.execute(query, parameters))
+
+
+def only(answer: psycopg.Cursor[Any]) -> Any:
+    """The first column of the first row of an answer, or None."""
+    row = answer.fetchone()
     return row[0] if row else None

@@ -12,7 +12,7 @@ from psycopg import sql
 
 from shardkit.core.topology import ShardedTable
 
-from .connections import Connection, at_once, value
+from .connections import Connection, at_once, only, value
 from .predicate import relation
 from .tables import OUR_INDEXES
 
@@ -132,7 +132,7 @@ def shapes(connections: Sequence[Connection], sharded: Sequence[ShardedTable], t
     with at_once(*connections):
         # Prepared, so that it is planned before a cutover asks it.
         asked = [connection.execute(query, prepare=True) for connection in connections]
-    return [str(row[0] if (row := cursor.fetchone()) else None) for cursor in asked]
+    return [str(only(answer)) for answer in asked]
 
 
 def lock_shape(connection: Connection, sharded: Sequence[ShardedTable]) -> None:

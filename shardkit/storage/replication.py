@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -18,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import ShardedTable
 
-from .connections import Connection, value
+from .connections import Connection, at_once, only, value
 from .predicate import relation, within
 
 SLOT_LOCK = 0x736C6F74
@@ -293,9 +294,16 @@ def held_up(source: Connection, subscription: int) -> str | None:
 def position_now(source: Connection) -> str:
     """The WAL position that everything committed so far lies before; a later record is written, so that the
     walsender reports it as passed without delay even if the last commit was asynchronous."""
-    position = value(source, "SELECT pg_current_wal_insert_lsn()::text")
+    with at_once(source):
+        asked = ask_position(source)
+    return str(only(asked))
+
+
+def ask_position(source: Connection) -> psycopg.Cursor[Any]:
+    """The question of `position_now`, for `connections.at_once`; `connections.only` has the answer."""
+    asked = source.execute("SELECT pg_current_wal_insert_lsn()::text")
     emit(source)
-    return str(position)
+    return asked
 
 
 def emit(connection: Connection) -> None:

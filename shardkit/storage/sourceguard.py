@@ -19,8 +19,9 @@ a fence: it locks an empty relation by a name which the decision renames, and na
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
-from psycopg import sql
+from psycopg import Cursor, sql
 
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import ShardedTable
@@ -300,11 +301,20 @@ def take_changes(source: Connection, transfer: int, token: int, limit: int) -> l
 
 def peek_changes(source: Connection, transfer: int, limit: int | None = None) -> list[tuple[int, str]]:
     """The rows noted so far, ``limit`` at most if one is given, left where they are."""
-    rows = source.execute(
+    return read_changes(ask_changes(source, transfer, limit))
+
+
+def ask_changes(source: Connection, transfer: int, limit: int | None = None) -> Cursor[Any]:
+    """The question of `peek_changes`, for `connections.at_once`; `read_changes` has the answer."""
+    return source.execute(
         "SELECT DISTINCT relation, key FROM shardkit.changed WHERE transfer_id = %s LIMIT %s",
         (transfer, limit),
     )
-    return [(index, key) for index, key in rows]
+
+
+def read_changes(answer: Cursor[Any]) -> list[tuple[int, str]]:
+    """The answer of `ask_changes`."""
+    return [(index, key) for index, key in answer]
 
 
 def noted_among(source: Connection, transfer: int, rows: Collection[tuple[int, str]]) -> set[tuple[int, str]]:
