@@ -49,7 +49,7 @@ def set_url(
         located = addresses.set_urls(opened, shards, urls, old_stopped=old_stopped)
         todo = _next(opened, located)
     for name in located.away:
-        narrate(f"note: shard {name} does not answer; run this again when it does.")
+        narrate(f"note: shard {name} does not answer, or something else does in its place.")
     entries = [
         {
             "shard": name,
@@ -95,4 +95,6 @@ def _next(catalog: Catalog, located: Located) -> str | None:
     if located.behind:
         name = located.behind[0]
         return f"`shardkit shard readmit {name}` brings it forward: it is older than the topology in force."
+    if located.away:
+        return f"the same command again, when {', '.join(located.away)} can be told."
     return jobs.next_step(catalog, located.topology)

@@ -23,7 +23,11 @@ from shardkit.storage.urls import redacted, without_password
 from .opening import name_back, settle, stream_name
 
 _OLD_SECONDS = 3
-_NOT_THERE = re.compile(r'FATAL:\s+database ".*" does not exist')
+_AWAY = re.compile(
+    r"refused|timed out|timeout expired|[Nn]o route to host|unreachable|is down|No such file or directory"
+    r"|failed to resolve host|could not translate host name|database .* does not exist"
+)
+"""What is said of a host at which no server answers, or none that has the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +68,34 @@ def set_urls(
     by_id = {topology.named(name).id: url for name, url in urls.items()}
     if any(topology.by_id[number].url != url for number, url in by_id.items()):
         topology = change.apply(catalog, shards, lambda now, version: _with_urls(now, version, by_id))
-    away = []
-    for shard in topology.shards:
-        try:
-            change.announce_to(catalog, shards.get(shard), topology, shard)
-            _redirect(catalog, shards, topology, shard, by_id)
-        except (ShardUnreachable, psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
-            away.append(shard.name)  # it is in force all the same
+    publishers = {number: replication.peer_conninfo(shards.get(topology.by_id[number])) for number in by_id}
+    away = [
+        shard.name
+        for shard in topology.shards
+        if not _told(catalog, shards, topology, shard, publishers)  # it is in force all the same
+    ]
     behind = [name for name in urls if name not in away and _is_behind(shards, topology.named(name))]
     return Located(topology, tuple(away), tuple(behind))
+
+
+def _told(
+    catalog: Catalog,
+    shards: ShardConnections,
+    topology: Topology,
+    shard: Shard,
+    publishers: Mapping[int, str],
+) -> bool:
+    """Give a shard the topology, and have its streams look for their publishers where they are now; False where it
+    does not answer, or another database does in its place."""
+    try:
+        connection = shards.get(shard)
+        if claims.read(connection) != claims.Claim(catalog.cluster_id(), shard.id, shard.name):
+            return False
+        change.announce_to(catalog, connection, topology, shard)
+        _redirect(catalog, connection, shard.id, publishers)
+    except (ShardUnreachable, psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction):
+        return False
+    return True
 
 
 def _with_urls(now: Topology | None, version: int, urls: Mapping[int, str]) -> Topology:
@@ -126,8 +149,8 @@ def _require_alone(
         old = connect_shard(url, name, seconds=_OLD_SECONDS)
     except ShardUnreachable as error:
         said = str(error.__cause__)
-        # A server that answers is there, whatever it says: that it has no connection left, or of our role.
-        if "FATAL:" in said and not _NOT_THERE.search(said) and not old_stopped:
+        # A server that answers is there, whatever it says: that it has no connection left, or wants a password.
+        if not is_away(said) and not old_stopped:
             raise TwoPrimaries(
                 f"At the old URL of shard {name}, {redacted(url)}, a server answers that does not let us see whether "
                 f"it takes writes as this shard: {said.strip().splitlines()[0]}",
@@ -145,6 +168,12 @@ def _require_alone(
             )
 
 
+def is_away(said: str) -> bool:
+    """Whether libpq's words for a connection that failed say of every host that no server is there."""
+    hosts = said.split("connection to server")[1:] or [said]
+    return all(_AWAY.search(host) for host in hosts)
+
+
 def _are_one(one: Connection, other: Connection) -> bool:
     """Whether two connections lead to the same database: a lock that is held by one is not to be had by the other."""
     key = secrets.randbits(63)
@@ -156,25 +185,17 @@ def _are_one(one: Connection, other: Connection) -> bool:
 # --- the streams of a job --------------------------------------------------------------------------------------------
 
 
-def _redirect(
-    catalog: Catalog,
-    shards: ShardConnections,
-    topology: Topology,
-    subscriber: Shard,
-    moved: Mapping[int, str],
-) -> None:
+def _redirect(catalog: Catalog, subscriber: Connection, shard_id: int, publishers: Mapping[int, str]) -> None:
     """Have the streams of the unfinished job that come to this shard look for their publishers where they are now.
 
     A subscription has the address of its publisher written down on its own server, and the way back of a kept source
     goes on with no mover beside it.
     """
-    for name, publisher in _streams_to(catalog, subscriber.id):
-        if publisher in moved:
-            conninfo = replication.peer_conninfo(shards.get(topology.by_id[publisher]))
-            connection = shards.get(subscriber)
-            with transaction(connection, *change.OPENING):
-                change.claim(connection, catalog.token or 0)
-                replication.set_source(connection, name, conninfo)
+    for name, publisher in _streams_to(catalog, shard_id):
+        if publisher in publishers:
+            with transaction(subscriber, *change.OPENING):
+                change.claim(subscriber, catalog.token or 0)
+                replication.set_source(subscriber, name, publishers[publisher])
 
 
 def _streams_to(catalog: Catalog, shard_id: int) -> Iterator[tuple[str, int]]:

@@ -79,6 +79,7 @@ class Stream:
     def make(self) -> None:
         """Publication, slot, subscription; the copy begins. Nothing is made twice."""
         if replication.subscription_exists(self.subscriber, self.name):
+            self._point_to_publisher()
             return
         self.publish()
         self._subscribe(replication.create_subscription)
@@ -165,6 +166,12 @@ class Stream:
         with transaction(self.publisher, *PATIENT, step="claim_publisher"):
             change.claim(self.publisher, self._around.token)
 
+    def _point_to_publisher(self) -> None:
+        """It may have another URL since. One that cannot be connected to does not disable a subscription."""
+        with transaction(self.subscriber, *SHORT):
+            change.claim(self.subscriber, self._around.token)
+            replication.set_source(self.subscriber, self.name, replication.peer_conninfo(self.publisher))
+
     # --- watching it ------------------------------------------------------------------------------------------------
 
     def state(self) -> replication.CopyState:
@@ -195,7 +202,6 @@ class Stream:
             change.claim(
                 self.subscriber, self._around.token
             )  # the opening may have stopped it, by another mover
-            # The publisher may have another URL since.
             replication.set_source(self.subscriber, self.name, replication.peer_conninfo(self.publisher))
             replication.set_enabled(self.subscriber, self.name, True)
         return state
@@ -235,26 +241,36 @@ class Stream:
     def wait_replayed(self) -> float:
         """Wait until the target has applied what is committed on the source now; the seconds it took."""
         started = time.monotonic()
+        gone: float | None = None
         position = replication.position_now(self.publisher)
         while True:
             sender = replication.sender(self.publisher, self.name)
+            if sender is not None:
+                gone = None
+            elif gone is None:
+                gone = time.monotonic()
+                self._point_to_publisher()
             self._run.track.update(lag_bytes=sender.lag_bytes if sender else None)
             if sender is not None and sender.has_replayed(position):
                 self._waits.tell(None)
                 return time.monotonic() - started
             self.state()
             if time.monotonic() - started > 2:
-                if sender is None:
+                if gone is not None:
                     self.require_slot()
-                    if time.monotonic() - started > self._around.patience:
-                        raise MoveWaiting(
-                            f"Shard {self.subscriber_shard.name} has not fetched from shard "
-                            f"{self.publisher_shard.name} for {self._around.patience:.0f} s.",
-                            shard=self.subscriber_shard.name,
-                        )
+                    self._require_back(time.monotonic() - gone)
                 self.require_budget()
                 self._waits.tell(f"shard {self.subscriber_shard.name} applies the writes made meanwhile")
             self._around.pause(0.005)
+
+    def _require_back(self, seconds: float) -> None:
+        """For a subscriber that has not come for so many seconds."""
+        if seconds > self._around.patience:
+            raise MoveWaiting(
+                f"Shard {self.subscriber_shard.name} has not fetched from shard {self.publisher_shard.name} for "
+                f"{seconds:.0f} s.",
+                shard=self.subscriber_shard.name,
+            )
 
     def catch_up(self) -> None:
         """Wait until the subscriber is less than `SMALL_LAG` behind."""

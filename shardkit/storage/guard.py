@@ -210,7 +210,7 @@ class _Guarded(BaseConnection[Any]):
             yield from self._begin_snapshot_gen(guard, guard.source)
             return
         if self._from_standby:
-            self._require_primary()
+            yield from self._require_primary_gen()
         self._shown = (guard.fence,)
         try:
             yield from self._simple(self._get_tx_start_command() + b"; " + _lock(guard.fence))
@@ -221,11 +221,14 @@ class _Guarded(BaseConnection[Any]):
             yield from self._simple(b"ROLLBACK")
             raise
 
-    def _require_primary(self) -> None:
+    def _require_primary_gen(self) -> Any:
         """A standby lets the fence be locked that it has replayed, and shows old rows: the shard is elsewhere."""
-        if self.pgconn.parameter_status(b"in_hot_standby") == b"on":
+        # It was one when it was connected to, or when the pooler between, which says the same to all, was.
+        results = yield from self._simple(b"SELECT pg_catalog.pg_is_in_recovery()")
+        if results[-1].get_value(0, 0) == b"t":
             self.pgconn.finish()  # the next connection may find the primary
             raise errors.CannotConnectNow("the server is a standby")
+        self._from_standby = False
 
     def _begin_snapshot_gen(self, guard: Guard, source: Source) -> Any:
         """BEGIN and a look at the fences in one message; after an error the connection is idle again."""

@@ -5,7 +5,7 @@ Driven by the commands and by an application's `ShardCluster.declare`; each take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from shardkit.core.errors import AlreadyShard, DeclarationError, NameTaken, PreflightFailed, ShardNotEmpty
 from shardkit.core.placement import initial
@@ -182,16 +182,11 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTa
     the ring would stand on wrong shards. Reference tables must exist with the same rows on every shard, home tables on
     their shard. Declaring what is declared already changes nothing.
     """
-    change.settle_no_job(catalog, shards)
-    current = catalog.require_current()
     wanted = {(table.schema, table.name): table for table in new}
-    for key, table in wanted.items():
-        known = current.declared_tables.get(key)
-        if known is not None and known != table:
-            raise DeclarationError(
-                f"Table {table} is {known.description}, and cannot become {table.description}."
-            )
-    added = [table for key, table in sorted(wanted.items()) if key not in current.declared_tables]
+    if not _added(current := catalog.require_current(), wanted):
+        return current
+    change.settle_no_job(catalog, shards)
+    added = _added(current := catalog.require_current(), wanted)
     if not added:
         return current
     catalog.require_no_job()
@@ -199,6 +194,17 @@ def declare(catalog: Catalog, shards: ShardConnections, new: Iterable[DeclaredTa
     topology = change.apply(catalog, shards, lambda before, version: _declared(before, version, added))
     change.announce(catalog, shards, topology)
     return topology
+
+
+def _added(current: Topology, wanted: Mapping[tuple[str, str], DeclaredTable]) -> list[DeclaredTable]:
+    """Those that are not declared; `DeclarationError` for one that is declared as something else."""
+    for key, table in wanted.items():
+        known = current.declared_tables.get(key)
+        if known is not None and known != table:
+            raise DeclarationError(
+                f"Table {table} is {known.description}, and cannot become {table.description}."
+            )
+    return [table for key, table in sorted(wanted.items()) if key not in current.declared_tables]
 
 
 def _declared(before: Topology | None, version: int, added: list[DeclaredTable]) -> Topology:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psycopg
 from psycopg import sql
+from psycopg.pq import TransactionStatus
 
 from shardkit.core.topology import DeclaredTable, KeyType, ShardedTable
 
@@ -121,11 +123,28 @@ SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.reln
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
-_SET_ASIDE = "SELECT definition, quote_ident(name) FROM shardkit.set_aside WHERE (schema, relation) = (%s, %s)"
+_LOOKS = 10
+_SET_ASIDE = (
+    "SELECT definition, quote_ident(name) FROM shardkit.set_aside WHERE (schema, relation) = (%s, %s)"
+)
 
 
 def describe(connection: Connection, table: DeclaredTable) -> Table | None:
-    """The table as it is on this server; None if it is missing."""
+    """The table as it is on this server; None if it is missing.
+
+    Another transfer may set its indexes aside meanwhile, or put them back, and anybody may drop one.
+    """
+    if connection.info.transaction_status is not TransactionStatus.IDLE:
+        return _describe(connection, table)
+    for _ in range(_LOOKS):
+        # What is written out (pg_get_indexdef) is looked up as it is now, whatever the snapshot shows.
+        with suppress(psycopg.errors.InternalError_), connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            return _describe(connection, table)
+    return _describe(connection, table)
+
+
+def _describe(connection: Connection, table: DeclaredTable) -> Table | None:
     found = connection.execute(_TABLE, (table.schema, table.name)).fetchone()
     if found is None:
         return None
@@ -138,6 +157,8 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": OUR_INDEXES})
     deferrable_key = False
     for definition, name, ours, primary, replica_identity, immediate, names in found_indexes:
+        if definition is None:
+            raise psycopg.errors.InternalError_(f"the index {name} was dropped while it was looked at")
         if not ours:  # else it stands on one server alone, for as long as a job runs
             indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
         if primary and not immediate:

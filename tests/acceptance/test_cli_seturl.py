@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 import shardkit
 from shardkit.core.topology import ShardedTable
 from shardkit.dev import Cluster, Clusters, Standby
+from shardkit.rebalance.addresses import is_away
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage import membership
 from shardkit.storage.connections import connect
@@ -140,6 +142,10 @@ def test_in_the_middle_of_a_job(
     run = ("rebalance", "run", "--yes")
     assert run_forked("command", two.catalog_url, point, arguments=run) == -signal.SIGKILL
     urls = {name: rename(servers, two, name, f"moved_{two.on(name).info.dbname}") for name in moved}
+    if point == "copying.poll":
+        # It cannot connect to its publisher; that alone disables no subscription.
+        for (name,) in two.on("s2").execute("SELECT subname FROM pg_subscription").fetchall():
+            two.on("s2").execute(sql.SQL("ALTER SUBSCRIPTION {} ENABLE").format(sql.Identifier(name)))
     assert call("rebalance", "resume", "--patience", "1").code in (3, 5)
     done = call("shard", "set-url", *(f"{name}={url}" for name, url in urls.items()), "--json").ok().document
     assert [(each["shard"], each["behind"]) for each in done["shards"]] == [(name, False) for name in moved]
@@ -194,6 +200,39 @@ def test_while_a_source_is_kept(two: Shards, servers: Clusters, call: Program) -
     (rows, moved) = (two.rows(two.tables[1])[name] for name in ("s1", "s2"))
     assert (len(rows), moved) == (USERS, [])
     assert any(row[2] == 7 for row in rows)
+
+
+def test_a_way_back_is_found_though_the_command_was_killed(
+    two: Shards, servers: Clusters, call: Program
+) -> None:
+    call("rebalance", "run", "--yes", "--keep-source").ok()
+    url = rename(servers, two, "s2", f"moved_{two.on('s2').info.dbname}")
+    arguments = ("shard", "set-url", f"s2={url}")
+    assert run_forked("command", two.catalog_url, "change.proposed", arguments=arguments) == -signal.SIGKILL
+    call("rebalance", "rollback", "--patience", "20").ok()
+    two.assert_clean()
+    assert len(two.rows(two.tables[1])["s1"]) == USERS
+
+
+@pytest.mark.parametrize(
+    ("said", "away"),
+    [
+        ('connection failed: connection to server at "10.0.0.1", port 5432 failed: Connection refused', True),
+        ('connection to server on socket "/x/.s.PGSQL.5432" failed: No such file or directory', True),
+        ("connection timeout expired", True),
+        ("failed to resolve host 'gone': [Errno -2] Name or service not known", True),
+        ('connection to server at "a", port 1 failed: FATAL:  database "app" does not exist', True),
+        ('connection to server at "a", port 1 failed: fe_sendauth: no password supplied', False),
+        ('connection to server at "a", port 1 failed: FATAL:  sorry, too many clients already', False),
+        ('connection to server at "a", port 1 failed: SSL error: certificate verify failed', False),
+        (
+            'connection to server at "a" failed: FATAL:  sorry\nconnection to server at "b" failed: Connection refused',
+            False,
+        ),
+    ],
+)
+def test_which_words_say_that_no_server_is_there(said: str, away: bool) -> None:
+    assert is_away(said) is away
 
 
 def test_a_joining_that_was_proposed(
@@ -274,6 +313,7 @@ def test_a_standby_at_the_old_url_is_not_read(
     call("shard", "add", "one", "postgresql:///app?service=one").ok()
     with Standby(primary) as standby, shardkit.connect(catalog) as cluster:
         cluster.create_all(Base.metadata)
+        another = shardkit.connect(catalog)
         sessions = cluster.sessionmaker()
         with sessions.begin() as session:
             session.add(User(id=1, name="x"))
@@ -289,6 +329,15 @@ def test_a_standby_at_the_old_url_is_not_read(
         serve(standby)
         with sessions() as session:
             assert session.get_one(User, 1).n == 100
+        assert asyncio.run(read_async(another)) == 100
+        another.dispose()
+
+
+async def read_async(cluster: shardkit.ShardCluster) -> int:
+    async with cluster.async_sessionmaker()() as session:
+        found = (await session.get_one(User, 1)).n
+    await cluster.adispose()
+    return found
 
 
 def test_another_name_of_the_same_database(two: Shards, call: Program) -> None:

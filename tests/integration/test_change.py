@@ -136,7 +136,7 @@ def test_what_a_job_left_is_settled_by_its_mover_alone(make_shards: MakeShards) 
     assert run_forked("keep", shards.catalog_url, "cutting over.before opening") == -signal.SIGKILL
     with shards.writer() as (catalog, connections):
         with pytest.raises(JobRunning):
-            membership.declare(catalog, connections, [])
+            membership.declare(catalog, connections, [ShardedTable("public", "other", "id", "int")])
         with pytest.raises(JobRunning):
             replicas.remove(catalog, connections, "s1", "postgresql:///other")
         with pytest.raises(JobRunning):

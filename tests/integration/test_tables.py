@@ -1,6 +1,8 @@
-"""What the server tells about tables: estimates of tables that were never analysed."""
+"""What the server tells about tables: estimates of some never analysed, and of one that changes meanwhile."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 
@@ -38,3 +40,31 @@ def test_an_estimate_without_statistics(fresh_database: FreshDatabase, definitio
         found = describe(connection, table)
         assert found is not None
         assert found.rows_estimate == rows
+
+
+def test_indexes_that_come_and_go(fresh_database: FreshDatabase) -> None:
+    """As those that a move sets aside: in one transaction they go, and their definitions are kept elsewhere."""
+    url = fresh_database()
+    table = ShardedTable("public", "t", "id", "int")
+    ending = threading.Event()
+
+    def change() -> None:
+        with connect(url) as connection:
+            while not ending.is_set():
+                connection.execute(
+                    "CREATE INDEX one ON public.t (body); CREATE INDEX two ON public.t (id, body)"
+                )
+                connection.execute("DROP INDEX public.one, public.two")
+
+    with connect(url) as connection:
+        connection.execute(PLAIN)
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            seen = {
+                len(found.indexes) for _ in range(1500) if (found := describe(connection, table)) is not None
+            }
+        finally:
+            ending.set()
+            thread.join()
+    assert seen == {0, 2}
