@@ -25,7 +25,13 @@ from psycopg.conninfo import make_conninfo
 from shardkit.core.errors import ServerFailed, UsageError
 from shardkit.dev import databases
 from shardkit.dev.binaries import find_binaries
-from shardkit.dev.processes import kill_server, launcher, read_pid_file, remove_shared_memory
+from shardkit.dev.processes import (
+    interrupted_later,
+    kill_server,
+    launcher,
+    read_pid_file,
+    remove_shared_memory,
+)
 from shardkit.dev.settings import Setting, configuration, default_settings, list_item
 from shardkit.dev.workspace import SUPERUSER, Workspace, server_environment
 
@@ -206,7 +212,7 @@ class Cluster:
         program = self.binaries.folder / "postgres"
         # Without us an immediate shutdown: a fast one could wait for a replica, and the data is for nobody.
         command = launcher(self._workspace.user, signal.SIGQUIT, program, "-D", self.data_dir)
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, interrupted_later():
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -15,8 +15,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from shardkit.core.errors import ServerFailed, UsageError
 
@@ -46,6 +48,23 @@ def server_user() -> ServerUser | None:
         "PostgreSQL does not run as root, and there is no user `postgres` or `nobody` to run it as.",
         hint="Add one (useradd --system postgres), or do not run as root.",
     )
+
+
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C in the block is felt at its end: in the midst of making a process it would leave one that nobody knows."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # it is not felt at all, or not here
+        return
+    felt: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: felt.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if felt:
+            before(*felt[0])
 
 
 def give(path: Path, user: ServerUser | None) -> None:

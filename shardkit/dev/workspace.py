@@ -20,7 +20,7 @@ from typing import ClassVar
 from shardkit.core.errors import ServerFailed
 from shardkit.dev.binaries import Binaries
 from shardkit.dev.identity import renew_identifier
-from shardkit.dev.processes import ServerUser, give, launcher, server_user
+from shardkit.dev.processes import ServerUser, give, interrupted_later, launcher, server_user
 from shardkit.dev.scratch import NAME_LENGTH, Scratch, choose_base, sweep
 
 SUPERUSER = "postgres"
@@ -218,24 +218,27 @@ def _open_to_all(folder: Path) -> None:
 
 
 def _run(*command: str) -> None:
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=server_environment(Path(os.devnull)),
-        cwd="/",
-        start_new_session=True,
-    )
+    process: subprocess.Popen[str] | None = None
     try:
+        with interrupted_later():
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=server_environment(Path(os.devnull)),
+                cwd="/",
+                start_new_session=True,
+            )
         output, complaint = process.communicate()
     except BaseException:
-        # All that it started too: initdb is a row of servers, and one that outlives it would write on while its
-        # folder is removed. Each holds the pipe, so the pipe's end is theirs.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if process is not None:
+            # All that it started too: initdb is a row of servers, and one that outlives it would write on while its
+            # folder is removed. Each holds the pipe, so the pipe's end is theirs.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
         raise
     if process.returncode != 0:
         raise ServerFailed(f"{' '.join(command)} failed:\n{(complaint or output).strip()[-2000:]}")

@@ -419,6 +419,33 @@ def test_ctrl_c_ends_what_the_server_s_programs_have_started(new_parent: NewPare
     parent = new_parent(f"from shardkit.dev.workspace import _run\n_run('/bin/sh', '-c', {program!r})")
     eventually(lambda: noted.exists() and noted.read_text().endswith("\n"), "it has started one")
     assert parent.end(signal.SIGINT)[0] == -signal.SIGINT
+    assert_ended(noted)
+
+
+INTERRUPTED_AS_IT_STARTS = """
+import signal, subprocess
+from pathlib import Path
+start = subprocess.Popen._execute_child
+def interrupted(self, *arguments, **options):
+    start(self, *arguments, **options)
+    Path(NOTED).write_text(str(self.pid))
+    os.kill(os.getpid(), signal.SIGINT)
+subprocess.Popen._execute_child = interrupted
+from shardkit.dev.workspace import _run
+_run("/bin/sleep", "60")
+"""
+
+
+def test_ctrl_c_ends_a_program_that_has_only_just_been_started(new_parent: NewParent, tmp_path: Path) -> None:
+    """Where nobody knows yet that it has."""
+    noted = tmp_path / "pid"
+    parent = new_parent(f"import os\nNOTED = {str(noted)!r}" + INTERRUPTED_AS_IT_STARTS)
+    status, stderr = parent.end()
+    assert (status, stderr.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
+    assert_ended(noted)
+
+
+def assert_ended(noted: Path) -> None:
     where = Path(f"/proc/{noted.read_text().strip()}/cwd")
 
     def is_gone() -> bool:

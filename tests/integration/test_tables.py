@@ -62,7 +62,7 @@ def test_indexes_that_come_and_go(fresh_database: FreshDatabase) -> None:
         thread.start()
         try:
             seen = {
-                len(found.indexes) for _ in range(1500) if (found := describe(connection, table)) is not None
+                len(found.indexes) for _ in range(300) if (found := describe(connection, table)) is not None
             }
         finally:
             ending.set()
