@@ -20,7 +20,9 @@ from shardkit.cli.app import run
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage.connections import connect
 from tests.fix_postgres import FreshDatabase
+from tests.fix_shards import MakeShards, Shards, fill
 
+USERS = 200
 MODELS = """
 from sqlalchemy import BigInteger, ForeignKey
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -204,6 +206,15 @@ def catalog(fresh_database: FreshDatabase, folder: Path, monkeypatch: pytest.Mon
     url = fresh_database(0)
     monkeypatch.setenv("SHARDKIT_CATALOG", url)
     return url
+
+
+@pytest.fixture
+def two(make_shards: MakeShards, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Shards:
+    """Two shards, of which the first owns everything and has `USERS` users; their catalog is in the environment."""
+    shards = make_shards(2)
+    fill(shards.on("s1"), USERS)
+    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
+    return shards
 
 
 def contents(url: str) -> dict[str, list[Any]]:

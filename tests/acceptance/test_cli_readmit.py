@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import signal
 
-import pytest
-
 from shardkit.storage import readmission
 from shardkit.storage.catalog import Catalog
 from shardkit.storage.connections import ShardConnections
 from shardkit.storage.readmission import Lag
 from tests.acceptance.conftest import Program
 from tests.fix_backups import BackUp
-from tests.fix_shards import MakeShards, Shards, fill
+from tests.fix_shards import Shards
 from tests.movers import run_forked
-
-USERS = 100
-
-
-@pytest.fixture
-def two(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch, call: Program) -> Shards:
-    """Two shards of which the first owns everything; their catalog is in the environment."""
-    shards = make_shards(2)
-    fill(shards.on("s1"), USERS)
-    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
-    return shards
 
 
 def test_rows_that_came_back(two: Shards, call: Program, program: Program, back_up: BackUp) -> None:

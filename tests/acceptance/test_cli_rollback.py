@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from shardkit.storage.connections import value
-from tests.acceptance.conftest import Program
-from tests.fix_shards import MakeShards, Shards, fill
+from tests.acceptance.conftest import USERS, Program
+from tests.fix_shards import Shards
 
-USERS = 200
 COUNT = "SELECT count(*) FROM public.users"
-
-
-@pytest.fixture
-def two(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch, call: Program) -> Shards:
-    shards = make_shards(2)
-    fill(shards.on("s1"), USERS)
-    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
-    return shards
 
 
 def test_a_move_is_rolled_back_and_made_again(two: Shards, call: Program) -> None:

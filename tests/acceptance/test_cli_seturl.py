@@ -19,13 +19,11 @@ from shardkit.rebalance.addresses import is_away
 from shardkit.rebalance.preflight import ALLOW_FSYNC_OFF
 from shardkit.storage import membership
 from shardkit.storage.connections import connect
-from tests.acceptance.conftest import Program
+from tests.acceptance.conftest import USERS, Program
 from tests.fix_backups import BackUp
 from tests.fix_postgres import FreshDatabase, NewCluster
-from tests.fix_shards import SCHEMA, MakeShards, Shards, fill, owner_of
+from tests.fix_shards import SCHEMA, Shards, owner_of
 from tests.movers import run_forked
-
-USERS = 100
 
 
 class Base(DeclarativeBase):
@@ -39,15 +37,6 @@ class User(Base):
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     name: Mapped[str]
     n: Mapped[int] = mapped_column(default=0)
-
-
-@pytest.fixture
-def two(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch, call: Program) -> Shards:
-    """Two shards of which the first owns everything; their catalog is in the environment."""
-    shards = make_shards(2)
-    fill(shards.on("s1"), USERS)
-    monkeypatch.setenv("SHARDKIT_CATALOG", shards.catalog_url)
-    return shards
 
 
 def rename(servers: Clusters, shards: Shards, name: str, new: str) -> str:
