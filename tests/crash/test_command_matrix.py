@@ -33,7 +33,7 @@ from tests.applications import Failure
 from tests.outages import ACCOUNTS, World
 from tests.sharded import until
 
-from .test_matrix import EVENTS, KILL_ABORT, Event, Worlds, concerns
+from .test_matrix import EVENTS, KILL_ABORT, Event, Worlds, of_outage
 
 URL = "postgresql:///third?service=two"
 ROWS = 50
@@ -382,16 +382,11 @@ def run(world: World, case: str, event: Event) -> None:
             f"{name} ended with {code}: {world.movers.said}"
         )
     world.act("command", arguments=command.arguments)
-    downs = {"source": "one", "target": "two", "catalog": None}[event.downs] if event.downs else None
-
-    def allowed(failure: Failure) -> bool:
-        is_down = downs is not None and failure.server_is_away and concerns(world, failure, downs)
-        return is_down or command.allowed(failure)
-
+    is_of_outage = of_outage(event, "one", "two")
     assert command.has_worked(world)
     assert not world.has_work()
     world.act("command", arguments=["doctor"])
-    world.check(allowed)
+    world.check(lambda failure: is_of_outage(failure) or command.allowed(failure))
 
 
 @pytest.mark.parametrize(("command", "point", "event"), USUAL)

@@ -242,13 +242,8 @@ def run(world: World, point: str, event: Event) -> None:
         world.act("move", **goal)
     if world.keeps_sources():
         world.act("rollback" if act == "keep" else "finalize")
-    downs = {"source": source, "target": target, "catalog": None}[event.downs] if event.downs else None
-
-    def allowed(failure: Failure) -> bool:
-        return downs is not None and failure.server_is_away and concerns(world, failure, downs)
-
     check_outcome(world)
-    world.check(allowed)
+    world.check(of_outage(event, source, target))
 
 
 def drain(world: World, name: str) -> None:
@@ -259,10 +254,17 @@ def drain(world: World, name: str) -> None:
         world.act("move", weights={shard.id: int(shard.id != drained) for shard in topology.shards})
 
 
-def concerns(world: World, failure: Failure, server: str) -> bool:
-    """Whether an error is of the server that was down: it names it, or its key was, or is, there."""
-    named = getattr(failure.error, "shard", None)
-    return named is None or named == server
+def of_outage(event: Event, source: str, target: str) -> Callable[[Failure], bool]:
+    """Whether an error that a client met is of the server which the event takes down: it says that one is away, and
+    names that one or none."""
+    # Clients go on without the catalog.
+    downs = {"source": source, "target": target}.get(event.downs or "")
+
+    def allowed(failure: Failure) -> bool:
+        named = getattr(failure.error, "shard", None)
+        return downs is not None and failure.server_is_away and named in (None, downs)
+
+    return allowed
 
 
 def check_outcome(world: World) -> None:

@@ -22,11 +22,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 import shardkit
 from shardkit.core.errors import CommitPending, CommitUnknown
 from shardkit.storage import failpoints
-from tests.applications import Failure
 from tests.outages import CATALOG, World
 from tests.sharded import until
 
-from .test_matrix import EVENTS, KILL_ABORT, Event, Worlds, concerns
+from .test_matrix import EVENTS, KILL_ABORT, Event, Worlds, of_outage
 
 OF_STREAMS = ("target cut off source", "target hears nothing of source")
 EVERYWHERE = tuple(event for event in EVENTS if event is not KILL_ABORT and event.name not in OF_STREAMS)
@@ -157,12 +156,7 @@ def run(world: World, case: str, event: Event) -> None:
     assert seen in ((["one"], ["two"]), ([], [])), f"{code}: {seen}"
     whole = {COMMITTED: (True,), NOTHING: (False,)}.get(int(code), (True, False))
     assert any(seen) in whole, f"{code}: {seen}: {world.movers.said}"
-    downs = {"source": "one", "target": "two", "catalog": None}[event.downs] if event.downs else None
-
-    def allowed(failure: Failure) -> bool:
-        return downs is not None and failure.server_is_away and concerns(world, failure, downs)
-
-    world.check(allowed)
+    world.check(of_outage(event, "one", "two"))
 
 
 def told(point: str, event: Event) -> tuple[int, ...]:
