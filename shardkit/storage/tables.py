@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 
 import psycopg
@@ -123,7 +122,12 @@ SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.reln
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
-_LOOKS = 10
+# What LOCK says of a name that is none's, or a foreign table's or a materialized view's.
+_NO_TABLE = (
+    psycopg.errors.UndefinedTable,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.WrongObjectType,
+)
 _SET_ASIDE = (
     "SELECT definition, quote_ident(name) FROM shardkit.set_aside WHERE (schema, relation) = (%s, %s)"
 )
@@ -132,15 +136,22 @@ _SET_ASIDE = (
 def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     """The table as it is on this server; None if it is missing.
 
-    Another transfer may set its indexes aside meanwhile, or put them back, and anybody may drop one.
+    Another transfer may set its indexes aside meanwhile, or put them back, and anybody may drop one; what is written
+    out (pg_get_indexdef) is looked up as it is now, whatever a snapshot shows. So the table is locked against that, as
+    by any who reads it, before the snapshot is taken.
     """
-    if connection.info.transaction_status is not TransactionStatus.IDLE:
-        return _describe(connection, table)
-    for _ in range(_LOOKS):
-        # What is written out (pg_get_indexdef) is looked up as it is now, whatever the snapshot shows.
-        with suppress(psycopg.errors.InternalError_), connection.transaction():
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    alone = connection.info.transaction_status is TransactionStatus.IDLE
+    snapshot = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; " if alone else ""
+    lock = sql.SQL(snapshot + "LOCK TABLE ONLY {} IN ACCESS SHARE MODE").format(relation(table))
+    locked = False
+    try:
+        with connection.transaction():
+            connection.execute(lock, prepare=False)
+            locked = True
             return _describe(connection, table)
+    except _NO_TABLE:
+        if locked:
+            raise
     return _describe(connection, table)
 
 
@@ -157,8 +168,6 @@ def _describe(connection: Connection, table: DeclaredTable) -> Table | None:
     found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": OUR_INDEXES})
     deferrable_key = False
     for definition, name, ours, primary, replica_identity, immediate, names in found_indexes:
-        if definition is None:
-            raise psycopg.errors.InternalError_(f"the index {name} was dropped while it was looked at")
         if not ours:  # else it stands on one server alone, for as long as a job runs
             indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
         if primary and not immediate:

@@ -402,6 +402,10 @@ class Statements:
 
     def draw_entities(self) -> Drawn:
         sources, build = self.sources()
+        if sources[0] is Worker:
+            # SQLAlchemy reads the wage of a person who is a worker from the row's worker.wage, whose row that may be:
+            # then the order of the rows decides what is loaded, in one database as well.
+            sources = [source for source in sources if source is Worker or not self.is_person(source)]
         statement = build(select(*dict.fromkeys(sources)))
         if not self.chance(50):
             return Drawn(statement, statement)
