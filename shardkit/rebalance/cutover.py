@@ -1,19 +1,20 @@
 """The few milliseconds in which arcs change their owner.
 
-`storage.change` locks the fence of the shard that gives the arcs up and renames it; this is what happens between the
-two: the other side catches up with the last write, the keys written since the verification are compared for the last
-time, and the write-refusing trigger is switched on. Everything is bounded, as applications wait: what does not end
-soon is postponed, and nothing has changed. What can be done before the lock is: the look at the subscription, and all
-of the other side's opening but its COMMIT.
+`storage.change` locks the fence of the shard that gives the arcs up, renames it, and commits; this is what happens
+before that: the write-refusing trigger is switched on, the other side catches up with the last write, and the keys
+written since the verification are compared for the last time. Everything is bounded, as applications wait: what does
+not end soon is postponed, and nothing has changed. What can be done before the lock is: the look at the subscription,
+and all of the other side's opening but its COMMIT.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import psycopg
+from psycopg import sql
 
 from shardkit.core.errors import MoveWaiting
 from shardkit.storage import inspection, numbering, replication, sequences, sourceguard
@@ -22,7 +23,7 @@ from shardkit.storage.failpoints import failpoint
 
 from .opening import Opening
 from .stream import Stream
-from .verify import IN_CUTOVER, TooMany, Verifier
+from .verify import IN_CUTOVER, Suspect, TooMany, Verifier
 
 if TYPE_CHECKING:
     from .transfer import TransferRun
@@ -43,10 +44,14 @@ class Altered(Exception):
 
 
 class _Running(NamedTuple):
-    """A replication that runs: the process that sends, and the errors that were met so far."""
+    """A replication that runs: the process that applies, and the errors that were met so far."""
 
-    sender: int
+    applier: int | None
     errors: int
+
+    @classmethod
+    def of(cls, state: replication.CopyState) -> Self:
+        return cls(state.applier, state.errors)
 
 
 class Cutover:
@@ -113,23 +118,25 @@ class Cutover:
 
     def while_closed(self, source: Connection) -> None:
         """On the publisher, whose fence is locked: `Postponed`, or the subscriber has everything, and the same."""
-        run = self._run
-        sourceguard.wait_for_writers(source, run.row.id)
-        # What triggers do not note, as a partition that was detached with its rows, changes the shape of a table.
-        inspection.lock_shape(source, run.tables)
-        publisher = self._stream.publisher
-        with at_once(publisher, self._stream.subscriber):
-            noted = sourceguard.ask_changes(publisher, run.row.id, IN_CUTOVER + 1)
-            position = replication.ask_position(publisher)
+        run, stream = self._run, self._stream
+        steps = (
+            sourceguard.wait_for_writers(run.row.id),
+            # What triggers do not note, as a partition that was detached with its rows, changes the shape of a table.
+            inspection.lock_shape(run.tables),
+            sourceguard.set_moved(run.row.id, stream.subscriber_shard.name),
+        )
+        source.execute(sql.SQL("; ").join(steps), prepare=False)
+        with at_once(stream.publisher, stream.subscriber):
+            noted = sourceguard.ask_changes(stream.publisher, run.row.id, IN_CUTOVER + 1)
+            position = replication.ask_position(stream.publisher)
             shapes = self._verifier.shapes_now()  # meanwhile the subscriber applies the last writes
         written = set(sourceguard.read_changes(noted))
         if len(written) > IN_CUTOVER:
             raise Postponed(MANY)
         if shapes != self._verifier.shapes:
             raise Altered("a table was altered since its rows were compared")
-        self._catch_up(str(only(position)))
+        written |= self._catch_up(str(only(position)))
         self.clock("caught_up")
-        self._flush_target()
         self._require_standbys()
         try:
             self._verifier.remaining_differences(written, COMPARE_LIMIT)
@@ -138,8 +145,7 @@ class Cutover:
         except TooMany as error:
             raise Postponed(MANY) from error
         self.clock("verified")
-        sequences.pass_over(self._stream.publisher, self._stream.subscriber, self._sequences)
-        sourceguard.set_moved(source, run.row.id, self._stream.subscriber_shard.name)
+        sequences.pass_over(stream.publisher, stream.subscriber, self._sequences)
         failpoint(f"{run.row.phase.value}.before decision")
 
     def on_open(self, connection: Connection) -> None:
@@ -147,47 +153,37 @@ class Cutover:
         failpoint(f"{self._run.row.phase.value}.before opening")
         self._opening.on_open(connection)
 
-    def _catch_up(self, position: str) -> None:
+    def _catch_up(self, position: str) -> set[Suspect]:
+        """Wait until the subscriber has applied everything, and has it on its disk; the rows noted there by then."""
         stream = self._stream
         started = time.monotonic()
         while True:
-            self._draw_answer()
-            sender = replication.sender(stream.publisher, stream.name)
-            if sender is None or sender.pid != self._before.sender or sender.state != "streaming":
-                raise Postponed("the replication connection was lost")
-            if sender.has_replayed(position):
-                break
+            with at_once(stream.subscriber):
+                asked = replication.ask_copy_state(stream.subscriber, stream.name)
+                noted = sourceguard.ask_changes(stream.subscriber, self._run.row.id, IN_CUTOVER + 1)
+                # A synchronous commit flushes all that was applied before it without waiting.
+                replication.emit(stream.subscriber)
+            state = replication.read_copy_state(asked)
+            if state is None or not state.enabled or _Running.of(state) != self._before:
+                raise Postponed("the subscription has stopped, or met an error")
+            if state.has_applied(position):
+                return set(sourceguard.read_changes(noted))
             if time.monotonic() - started > CATCH_UP_LIMIT:
-                raise Postponed(f"the target lags {sender.lag_bytes} bytes behind")
-        after = replication.copy_state(stream.subscriber, stream.name)
-        if after is None or not after.enabled or after.errors != self._before.errors:
-            raise Postponed("the subscription met an error")
+                raise Postponed(f"the last writes were not applied within {CATCH_UP_LIMIT * 1000:.0f} ms")
 
     def _running(self) -> _Running:
         """The replication as it runs before the fence is locked: `Postponed` if it does not. What is the same later has
         not stopped between."""
-        stream = self._stream
-        state = replication.copy_state(stream.subscriber, stream.name)
-        sender = replication.sender(stream.publisher, stream.name)
-        if state is None or not state.enabled or state.ready != state.tables or sender is None:
+        state = replication.copy_state(self._stream.subscriber, self._stream.name)
+        if state is None or not state.enabled or state.ready != state.tables or state.applier is None:
             raise Postponed("the subscription is not running")
-        return _Running(sender.pid, state.errors)
+        return _Running.of(state)
 
     def _require_standbys(self) -> None:
         """One that took over without the rows would be the only owner of them."""
         stream = self._stream
         if names := self._run.followers.lacking(stream.subscriber_shard, stream.subscriber):
             raise Postponed(f"standbys of shard {stream.subscriber_shard.name} lack rows: {names}")
-
-    def _flush_target(self) -> None:
-        """One synchronous commit flushes all that the apply worker committed without waiting."""
-        replication.emit(self._stream.subscriber)
-
-    def _draw_answer(self) -> None:
-        """Have the target say now how far it is. By itself it reports what it applied only when that is flushed, which
-        is up to 400 ms later (twice wal_writer_delay), and it reports when it hears something."""
-        self._flush_target()
-        replication.emit(self._stream.publisher)
 
     def pause_ms(self) -> dict[str, float]:
         """Milliseconds from the request of the lock to the opening, whole and by part."""

@@ -271,7 +271,7 @@ class LockedCopier:
         run = self._run
         taking = run.probes.get(taker)
         giver_shape, taker_shape = shapes
-        inspection.lock_shape(giving, run.tables)
+        giving.execute(inspection.lock_shape(run.tables))
         if inspection.shapes([giving], run.tables, run.row.id) != [giver_shape]:
             raise MoveWaiting("A table was altered during the step.")
         giving.execute(
@@ -282,7 +282,7 @@ class LockedCopier:
             change.claim(taking, run.around.token)
             if not fence.guard_newest(taking, run.topology().by_id[taker.id].fence):
                 raise CatalogBehind(shard=taker.name)
-            inspection.lock_shape(taking, run.tables)
+            taking.execute(inspection.lock_shape(run.tables))
             if inspection.shapes([taking], run.tables, run.row.id) != [taker_shape]:
                 raise MoveWaiting("A table was altered during the step.")
             for table in run.tables:

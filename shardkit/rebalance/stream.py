@@ -238,7 +238,7 @@ class Stream:
             shard=self.publisher_shard.name,
         )
 
-    def wait_replayed(self) -> float:
+    def wait_applied(self) -> float:
         """Wait until the target has applied what is committed on the source now; the seconds it took."""
         started = time.monotonic()
         gone: float | None = None
@@ -251,10 +251,9 @@ class Stream:
                 gone = time.monotonic()
                 self._point_to_publisher()
             self._run.track.update(lag_bytes=sender.lag_bytes if sender else None)
-            if sender is not None and sender.has_replayed(position):
+            if self.state().has_applied(position):
                 self._waits.tell(None)
                 return time.monotonic() - started
-            self.state()
             if time.monotonic() - started > 2:
                 if gone is not None:
                     self.require_slot()
@@ -274,7 +273,7 @@ class Stream:
 
     def catch_up(self) -> None:
         """Wait until the subscriber is less than `SMALL_LAG` behind."""
-        while self.wait_replayed() > SMALL_LAG:
+        while self.wait_applied() > SMALL_LAG:
             self._around.pause(0)
 
     def require_budget(self) -> None:

@@ -217,7 +217,7 @@ class TransferRun:
             self.around.token,
             self.tables,
             self.row.arcs,
-            wait_replayed=stream.wait_replayed,
+            wait_applied=stream.wait_applied,
             on_rows=lambda rows: self.track.update(rows=self.track.now.rows + rows),
         )
 

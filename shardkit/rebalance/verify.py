@@ -55,7 +55,7 @@ class Verifier:
     token: int
     tables: Sequence[ShardedTable]
     arcs: ArcSet
-    wait_replayed: Callable[[], object]
+    wait_applied: Callable[[], object]
     on_rows: Callable[[int], None]
     suspects: set[Suspect] = field(default_factory=set)
     certificate: dict[str, Any] = field(default_factory=dict)
@@ -99,13 +99,12 @@ class Verifier:
         return inspection.shapes((self.source, self.target), self.tables, self.transfer)
 
     def remaining_differences(self, written: set[Suspect], statement_timeout: str) -> None:
-        """The last comparison, inside the cutover: of what was ``written`` at the source since, when nobody could write
-        there any more, and of what somebody else wrote on the target, which has caught up.
+        """The last comparison, inside the cutover: of what was ``written`` since, noted at the source when nobody could
+        write there any more, and at the target, where somebody else may have, when it had caught up.
 
         ``psycopg.errors.QueryCanceled`` where a query takes longer than ``statement_timeout``.
         """
-        others = sourceguard.peek_changes(self.target, self.transfer, IN_CUTOVER + 1)
-        left = self.suspects | written | set(others)
+        left = self.suspects | written
         if len(left) > IN_CUTOVER:
             raise TooMany
         differing = self._compare_rows(left, ("statement_timeout", statement_timeout))
@@ -119,7 +118,7 @@ class Verifier:
         noted = set(self.suspects)
         for side in (self.source, self.target):
             noted |= set(sourceguard.take_changes(side, self.transfer, self.token, NOTES_A_ROUND))
-        self.wait_replayed()
+        self.wait_applied()
         differing = self._compare_rows(noted)
         self._compared_again += len(noted)
         if real := self._lasting(differing - self._noted_among(differing)):
@@ -133,7 +132,7 @@ class Verifier:
             if not differing:
                 break
             time.sleep(pause)
-            self.wait_replayed()
+            self.wait_applied()
             differing = self._compare_rows(differing)
             differing -= self._noted_among(differing)
         return differing

@@ -2,7 +2,7 @@
 
 1. The whole next topology is stored in the catalog as *proposed*, under a number never used before.
 2. The shard that loses something, if there is one, *closes*: its fence is renamed under ACCESS EXCLUSIVE. The commit
-   of that transaction is the decision.
+   of that transaction is the decision; what has to be done while nobody is let in, and may fail, comes before it.
 3. The shards that only gain *open*: the new fence is created beside the old one. Not before the standbys of the shard
    that closed have the decision: one that took over without it would own the same arcs once more. All of an opening
    but its COMMIT can be made ahead of the closing, as applications wait for the arcs between the two.
@@ -20,13 +20,20 @@ who knows the topology in force is let in there meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psycopg
 
-from shardkit.core.errors import CatalogBehind, MoverSuperseded, MoveWaiting, ShardBehind, StandbyBehind
+from shardkit.core.errors import (
+    CatalogBehind,
+    MoverSuperseded,
+    MoveWaiting,
+    RetryLater,
+    ShardBehind,
+    StandbyBehind,
+)
 from shardkit.core.keyrange import ArcSet
 from shardkit.core.topology import Shard, Topology
 
@@ -80,7 +87,7 @@ def apply(
 ) -> Topology:
     """Bring the topology that ``make(current, version)`` returns into force.
 
-    ``while_closed`` runs on the closing shard between lock and rename, ``on_open`` on each opening shard, both in the
+    ``while_closed`` runs on the closing shard between lock and decision, ``on_open`` on each opening shard, both in the
     same transaction; they can be run twice. ``patience`` is the time in seconds after which a closing that never got
     its lock gives up with `MoveWaiting` and nothing changed. What ``while_closed`` raises passes through, and nothing
     is changed either, nor where a shard went back in time (`ShardBehind`). With ``ahead`` the openings stand ready in
@@ -156,6 +163,7 @@ def bring_forward(
     shards: ShardConnections,
     shard_id: int,
     returned: ArcSet,
+    fences: Collection[str],
     *,
     while_closed: Hook,
     report: Report = _silent,
@@ -165,7 +173,7 @@ def bring_forward(
 
     ``returned`` are arcs whose rows came back there, though they are others': with them it is a change, by which they
     are in transit there. Interrupted, it is settled like any other, and leaves the shard as it was or as it is to be.
-    Else as `apply`.
+    ``fences`` are the names that it has, `RetryLater` if it has others by now. Else as `apply`.
     """
     current = catalog.current()
     assert current is not None
@@ -174,7 +182,7 @@ def bring_forward(
         topology = current.marked(catalog.next_version(), shard_id, returned)
         catalog.propose(topology)
         failpoint("change.proposed")
-    change = _Change(catalog, shards, current, topology, report=report, from_behind=True)
+    change = _Change(catalog, shards, current, topology, report=report, behind_with=frozenset(fences))
     try:
         change.close(current.by_id[shard_id], while_closed, patience)
     except psycopg.OperationalError:
@@ -257,8 +265,8 @@ class _Change:
     on_open: Hook | None = None
     report: Report = _silent
     clock: Clock = _silent
-    from_behind: bool = False
-    """Whether the shard that closes need not have the fence in force."""
+    behind_with: frozenset[str] | None = None
+    """The names that the shard that closes has, if it is behind; else it has the fence in force."""
     closing: list[Shard] = field(init=False)
     """The shards that lose something, as they are now: one that leaves is not in the proposal."""
     opening: list[Shard] = field(init=False)
@@ -280,8 +288,8 @@ class _Change:
         self.discard()
 
     def close(self, shard: Shard, while_closed: Hook | None, patience: float, *, ahead: bool = False) -> None:
-        """Lock, run the hook, rename. Tries only when nobody holds the fence for long, so that applications never
-        queue behind a lock that waits for a long transaction."""
+        """Lock, rename, run the hook, commit. Tries only when nobody holds the fence for long, so that applications
+        never queue behind a lock that waits for a long transaction."""
         deadline = time.monotonic() + patience
         pause = 0.002
         while True:
@@ -321,11 +329,17 @@ class _Change:
         with transaction(connection, *CLOSING, step="closing"):
             claim(connection, _token(self.catalog))
             names = fence.relations(connection)
-            self.clock("asked")
+            rename = fence.close(names, self.proposal, shard.id).as_bytes(connection)
+            self.clock("asked")  # applications wait from here on
             fence.lock_all(connection, names)
             self.clock("locked")
             failpoint("change.locked")
-            if not self.from_behind and not {shard.fence.relation, new} & names:
+            if self.behind_with is not None:
+                if names != self.behind_with:
+                    raise RetryLater(
+                        f"Shard {shard.name} has other fences than a moment ago.", shard=shard.name
+                    )
+            elif not {shard.fence.relation, new} & names:
                 raise _behind(shard, names)
             if fence.newest(names) > self.proposal.version:
                 # A catalog that was restored gives numbers out again, and then even names can be the same.
@@ -334,9 +348,10 @@ class _Change:
                     f"{self.proposal.version}.",
                     shard=shard.name,
                 )
+            # Nobody sees it before the commit, and other servers have something to do meanwhile, as to catch up.
+            connection.execute(rename, prepare=False)
             if while_closed is not None:
                 while_closed(connection)
-            fence.close(connection, names, self.proposal, shard.id)
 
     def finish(self, known: standbys.Known | None = None) -> None:
         """Open every shard that only gains, then record. ``known`` are the standbys that the closing shard had."""

@@ -192,7 +192,12 @@ def transaction(
 @contextmanager
 def at_once(*connections: Connection) -> Iterator[None]:
     """Statements in the block are sent as they come, and what they return is there when it has ended: several servers
-    work side by side, and a statement more costs no round trip. Their errors are raised at the end as well."""
+    work side by side, and a statement more costs no round trip. Their errors are raised at the end as well.
+
+    Not within a transaction that goes on afterwards: psycopg asks for a flush behind the end of a pipeline, with which
+    the server forgets ``idle_in_transaction_session_timeout`` until the next statement, and what a process that hangs
+    has locked would stay locked.
+    """
     with ExitStack() as stack:
         for connection in connections if psycopg.Pipeline.is_supported() else ():
             stack.enter_context(connection.pipeline())

@@ -19,7 +19,7 @@ from psycopg import sql
 from shardkit.core.topology import Fence, Topology
 
 from .connections import Connection
-from .topologies import write_copy
+from .topologies import write_copy, written_copy
 
 RELATIONS = (
     r"SELECT relname FROM pg_class WHERE relnamespace = 'shardkit'::regnamespace AND relname ~ '^fence_\d+_'"
@@ -91,28 +91,37 @@ def lock_all(connection: Connection, names: set[str]) -> None:
         connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(tables))
 
 
-def close(connection: Connection, names: set[str], topology: Topology, shard_id: int) -> None:
-    """Put the fence of ``topology`` in place of ``names``, which the caller holds locked, and write the copy."""
-    if not names:  # restored from a dump, which leaves them out
-        open_beside(connection, topology, shard_id)
-        return
+def close(names: set[str], topology: Topology, shard_id: int) -> sql.Composed:
+    """What puts the fence of ``topology`` in place of ``names``, which are locked then, and writes the copy.
+
+    Several statements, to be sent as one message; not pipelined, see `connections.at_once`.
+    """
     new = topology.fence_on(shard_id).relation
+    if not names:  # restored from a dump, which leaves them out
+        return _joined(_created(new), written_copy(topology, shard_id))
     kept = new if new in names else max(names, key=lambda name: int(name.split("_")[1]))
     commands = [sql.SQL("DROP TABLE {}").format(_qualified(name)) for name in sorted(names - {kept})]
     if kept != new:
         commands.append(sql.SQL("ALTER TABLE {} RENAME TO {}").format(_qualified(kept), sql.Identifier(new)))
-    if commands:
-        connection.execute(sql.SQL("; ").join(commands))  # at once: applications wait
-    write_copy(connection, topology, shard_id)
+    return _joined(*commands, written_copy(topology, shard_id))
 
 
 def open_beside(connection: Connection, topology: Topology, shard_id: int) -> None:
     """Create the fence of ``topology`` beside those that are there, and write the copy. Can be run twice."""
     name = topology.by_id[shard_id].fence.relation
     if name not in relations(connection):
-        connection.execute(sql.SQL("CREATE TABLE {} ()").format(_qualified(name)))
-        connection.execute(sql.SQL("GRANT SELECT ON {} TO PUBLIC").format(_qualified(name)))
+        connection.execute(_created(name))
     write_copy(connection, topology, shard_id)
+
+
+def _created(name: str) -> sql.Composed:
+    return sql.SQL("CREATE TABLE {fence} (); GRANT SELECT ON {fence} TO PUBLIC").format(
+        fence=_qualified(name)
+    )
+
+
+def _joined(*statements: sql.Composable) -> sql.Composed:
+    return sql.SQL("; ").join(statements)
 
 
 HOLDERS = r"""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 
 from psycopg import sql
 
@@ -125,20 +126,24 @@ def shapes(connections: Sequence[Connection], sharded: Sequence[ShardedTable], t
     that are equal say that nothing of the kind was committed between. Rewriting a table (VACUUM FULL, CLUSTER) changes
     it too.
     """
-    names = [relation(table).as_string(connections[0]) for table in sharded]
-    query = sql.SQL(_SHAPE).format(
-        tables=sql.Literal(names), triggers=sql.Literal(f"^zz_shardkit_{transfer}_")
-    )
+    query = _shape(tuple(sharded), transfer)
     with at_once(*connections):
         # Prepared, so that it is planned before a cutover asks it.
         asked = [connection.execute(query, prepare=True) for connection in connections]
     return [str(only(answer)) for answer in asked]
 
 
-def lock_shape(connection: Connection, sharded: Sequence[ShardedTable]) -> None:
-    """Keep the tables, and their partitions, as they are to the end of the caller's transaction."""
-    found = sql.SQL(", ").join(map(relation, sharded))
-    connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(found))
+@lru_cache(maxsize=64)
+def _shape(sharded: tuple[ShardedTable, ...], transfer: int) -> sql.Composed:
+    names = [relation(table).as_string() for table in sharded]
+    return sql.SQL(_SHAPE).format(
+        tables=sql.Literal(names), triggers=sql.Literal(f"^zz_shardkit_{transfer}_")
+    )
+
+
+def lock_shape(sharded: Sequence[ShardedTable]) -> sql.Composed:
+    """What keeps the tables, and their partitions, as they are to the end of the caller's transaction."""
+    return sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(sql.SQL(", ").join(map(relation, sharded)))
 
 
 def unlogged(connection: Connection, table: ShardedTable) -> list[str]:

@@ -27,7 +27,7 @@ from shardkit.core.keyrange import ArcSet
 from shardkit.core.move import FINAL, Phase
 from shardkit.core.topology import HomeTable, Shard, ShardedTable, Topology
 
-from . import change, claims, digest, fence, idjoin, references, replication, sourceguard, standing, tables
+from . import change, claims, digest, idjoin, references, replication, sourceguard, standing, tables
 from .catalog import Catalog, TransferRow
 from .connections import Connection, ShardConnections, transaction, value
 from .identity import ShardIdentity
@@ -290,6 +290,7 @@ def bring_forward(
             shards,
             lag.shard.id,
             lag.returned,
+            lag.fences,
             while_closed=lambda closed: _while_closed(closed, believed, lag),
             report=report,
             patience=patience,
@@ -324,8 +325,6 @@ def _bring_references(catalog: Catalog, shards: ShardConnections, lag: Lag) -> N
 def _while_closed(connection: Connection, believed: Believed, lag: Lag) -> None:
     """On the shard, whose fences are locked: nothing may be streamed to it from where it was, and writes that go round
     the session are refused as its openings and closings since would have had it."""
-    if fence.relations(connection) != set(lag.fences):
-        raise RetryLater(f"Shard {lag.shard.name} has other fences than a moment ago.", shard=lag.shard.name)
     prefix = f"shardkit_{believed.cluster.hex[:8]}_"
     streams = connection.execute(
         "SELECT subname FROM pg_subscription WHERE starts_with(subname, %s) "
@@ -344,6 +343,6 @@ def _set_refusals(connection: Connection, now: Topology, shard_id: int, row: Tra
         return
     if now.owned(row.target).issuperset(row.arcs):
         if value(connection, "SELECT to_regclass(%s)", (f"shardkit.moving_{row.id}",)) is not None:
-            sourceguard.set_moved(connection, row.id, now.by_id[row.target].name)
+            connection.execute(sourceguard.set_moved(row.id, now.by_id[row.target].name))
     elif now.owned(shard_id).issuperset(row.arcs):
         sourceguard.set_back(connection, row.id)

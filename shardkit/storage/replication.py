@@ -43,7 +43,7 @@ WHERE subdbid = (SELECT oid FROM pg_database WHERE datname = current_database())
 _COPY_STATE = """
 SELECT s.oid,
        (SELECT count(w.pid) FROM pg_stat_subscription w WHERE w.subid = s.oid),
-       s.subenabled,
+       a.pid, a.received_lsn::text, s.subenabled,
        (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid AND r.srsubstate = 'r'),
        (SELECT count(*) FROM pg_subscription_rel r WHERE r.srsubid = s.oid),
        coalesce((SELECT t.apply_error_count + t.sync_error_count
@@ -54,23 +54,38 @@ SELECT s.oid,
         JOIN pg_subscription_rel r ON r.srrelid = p.relid AND r.srsubid = s.oid
         WHERE p.datname = current_database())
 FROM pg_subscription s
+-- Of several that apply in parallel it is the leader alone that has received something.
+LEFT JOIN LATERAL (SELECT w.pid, w.received_lsn FROM pg_stat_subscription w WHERE w.subid = s.oid AND w.relid IS NULL
+                   ORDER BY w.received_lsn DESC NULLS LAST LIMIT 1) a ON true
 WHERE s.subdbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND s.subname = {}
 """
 
 
 @dataclass(frozen=True, slots=True)
 class CopyState:
-    """What the target tells of a subscription: tables by state, workers, the rows and bytes of the copies that run."""
+    """What the target tells of a subscription: tables by state, workers, the rows and bytes of the copies that run.
+
+    ``applier`` is the process that applies, and ``received`` how far it has read the source's WAL; None without one.
+    """
 
     oid: int
     workers: int
-
+    applier: int | None
+    received: str | None
     enabled: bool
     ready: int
     tables: int
     errors: int
     rows: dict[str, int]
     bytes: dict[str, int]
+
+    def has_applied(self, position: str) -> bool:
+        """Whether all that was committed on the source before a position of its WAL is applied, and to be seen.
+
+        Messages are applied one after the other, so it is when a later one has come: one from beyond the position. At
+        the position itself may be the end of a commit that has come and is not applied yet.
+        """
+        return self.received is not None and _bytes(self.received) > _bytes(position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +98,11 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """What the source tells of its walsender; ``lag_bytes`` and ``replayed`` are None while it knows no position."""
+    """What the source tells of its walsender; ``lag_bytes`` is None while it knows no position."""
 
     pid: int
     state: str
     lag_bytes: int | None
-    replayed: str | None
-
-    def has_replayed(self, position: str) -> bool:
-        """Whether the target has replayed a position of the source's WAL."""
-        return self.replayed is not None and _bytes(self.replayed) >= _bytes(position)
 
 
 def _bytes(position: str) -> int:
@@ -264,12 +274,11 @@ def _session(pid: int, user: str, application: str, age: float | None, query: st
 
 def sender(source: Connection, name: str) -> Sender | None:
     """The walsender of a subscription."""
-    # Without parameters, so that it is planned once a connection: a cutover asks it again and again.
-    query = sql.SQL(
-        "SELECT pid, state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint, replay_lsn::text "
-        "FROM pg_stat_replication WHERE application_name = {}"
-    ).format(sql.Literal(name))
-    row = source.execute(query, prepare=True).fetchone()
+    row = source.execute(
+        "SELECT pid, state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint "
+        "FROM pg_stat_replication WHERE application_name = %s",
+        (name,),
+    ).fetchone()
     return Sender(*row) if row else None
 
 
@@ -292,8 +301,8 @@ def held_up(source: Connection, subscription: int) -> str | None:
 
 
 def position_now(source: Connection) -> str:
-    """The WAL position that everything committed so far lies before; a later record is written, so that the
-    walsender reports it as passed without delay even if the last commit was asynchronous."""
+    """The WAL position that everything committed so far lies before; a later record is written, so that the target
+    hears of it without delay even if the last commit was asynchronous."""
     with at_once(source):
         asked = ask_position(source)
     return str(only(asked))
@@ -437,12 +446,22 @@ def drop_subscription(target: Connection, name: str) -> None:
 
 def copy_state(target: Connection, name: str) -> CopyState | None:
     """How far the subscription is; None if there is none."""
-    row = target.execute(sql.SQL(_COPY_STATE).format(sql.Literal(name)), prepare=True).fetchone()
+    return read_copy_state(ask_copy_state(target, name))
+
+
+def ask_copy_state(target: Connection, name: str) -> psycopg.Cursor[Any]:
+    """The question of `copy_state`, for `connections.at_once`; `read_copy_state` has the answer."""
+    return target.execute(sql.SQL(_COPY_STATE).format(sql.Literal(name)), prepare=True)
+
+
+def read_copy_state(answer: psycopg.Cursor[Any]) -> CopyState | None:
+    """The answer of `ask_copy_state`."""
+    row = answer.fetchone()
     if row is None:
         return None
-    oid, workers, enabled, ready, tables, errors, running = row
+    oid, workers, applier, received, enabled, ready, tables, errors, running = row
     return CopyState(
-        oid, workers, enabled, ready, tables, errors,
+        oid, workers, applier, received, enabled, ready, tables, errors,
         {name: counts[0] for name, counts in running.items()},
         {name: counts[1] for name, counts in running.items()},
     )  # fmt: skip

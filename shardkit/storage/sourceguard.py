@@ -330,21 +330,21 @@ def noted_among(source: Connection, transfer: int, rows: Collection[tuple[int, s
     return {(index, key) for index, key in found}
 
 
-def wait_for_writers(source: Connection, transfer: int) -> None:
-    """Wait, as long as ``lock_timeout`` allows, for every transaction that wrote a moving row, behind the fence or not;
-    those that are about to write one wait for the caller's transaction."""
-    source.execute("SELECT pg_advisory_xact_lock(%s, %s)", (WRITERS_LOCK, transfer))
-
-
-def set_moved(source: Connection, transfer: int, target: str) -> None:
-    """From the caller's commit on, refuse writes to the moved rows; part of the decision."""
-    moving, moved = _marker(transfer, "moving"), sql.Identifier(f"moved_{transfer}")
-    source.execute(  # at once: applications wait
-        sql.SQL(
-            "INSERT INTO shardkit.moved (transfer_id, target) VALUES ({}, {}) ON CONFLICT DO NOTHING; "
-            "ALTER TABLE IF EXISTS {} RENAME TO {}"
-        ).format(sql.Literal(transfer), sql.Literal(target), moving, moved)
+def wait_for_writers(transfer: int) -> sql.Composed:
+    """What waits, as long as ``lock_timeout`` allows, for every transaction that wrote a moving row, behind the fence
+    or not; those that are about to write one wait for the caller's transaction."""
+    return sql.SQL("SELECT pg_advisory_xact_lock({}, {})").format(
+        sql.Literal(WRITERS_LOCK), sql.Literal(transfer)
     )
+
+
+def set_moved(transfer: int, target: str) -> sql.Composed:
+    """What refuses writes to the moved rows, from the caller's commit on; part of the decision."""
+    moving, moved = _marker(transfer, "moving"), sql.Identifier(f"moved_{transfer}")
+    return sql.SQL(
+        "INSERT INTO shardkit.moved (transfer_id, target) VALUES ({}, {}) ON CONFLICT DO NOTHING; "
+        "ALTER TABLE IF EXISTS {} RENAME TO {}"
+    ).format(sql.Literal(transfer), sql.Literal(target), moving, moved)
 
 
 def set_back(source: Connection, transfer: int) -> None:

@@ -6,6 +6,7 @@ reason beside it. Readers take the highest version.
 
 from __future__ import annotations
 
+from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from shardkit.core.keyrange import ArcSet
@@ -32,23 +33,27 @@ def read_current(connection: Connection) -> Topology | None:
 def write_copy(connection: Connection, topology: Topology, shard_id: int) -> None:
     """Give a shard its copy, inside the caller's transaction; an older one than it has is not written. One that has
     left by this topology owns nothing."""
+    connection.execute(written_copy(topology, shard_id))
+
+
+def written_copy(topology: Topology, shard_id: int) -> sql.Composed:
+    """What `write_copy` does, for a message with other statements."""
     owned = topology.owned(shard_id) if shard_id in topology.by_id else ArcSet()
-    connection.execute(
+    return sql.SQL(
         """
         WITH written AS (
             INSERT INTO shardkit.topology (version, digest, document)
-            SELECT %(version)s, %(digest)s, %(document)s
-            WHERE NOT EXISTS (SELECT FROM shardkit.topology WHERE version >= %(version)s)
+            SELECT {version}, {digest}, {document}
+            WHERE NOT EXISTS (SELECT FROM shardkit.topology WHERE version >= {version})
             RETURNING version
         ), gone AS (
             DELETE FROM shardkit.topology USING written WHERE topology.version < written.version
         )
-        UPDATE shardkit.ownership SET bounds = %(bounds)s::bigint[] WHERE EXISTS (SELECT FROM written)
-        """,
-        {
-            "version": topology.version,
-            "digest": topology.digest,
-            "document": Jsonb(topology.to_json()),
-            "bounds": owned.bounds(),
-        },
+        UPDATE shardkit.ownership SET bounds = {bounds}::bigint[] WHERE EXISTS (SELECT FROM written)
+        """
+    ).format(
+        version=sql.Literal(topology.version),
+        digest=sql.Literal(topology.digest),
+        document=sql.Literal(Jsonb(topology.to_json())),
+        bounds=sql.Literal(owned.bounds()),
     )

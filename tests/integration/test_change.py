@@ -122,7 +122,7 @@ def test_a_proposal_that_was_decided_is_finished(make_shards: MakeShards) -> Non
             source = connections.get(marked.by_id[0])
             names = fence.relations(source)
             fence.lock_all(source, names)
-            fence.close(source, names, proposal, 0)
+            source.execute(fence.close(names, proposal, 0))
     with shards.writer() as (catalog, connections):
         change.settle(catalog, connections)
         assert catalog.current() == proposal

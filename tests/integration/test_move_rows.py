@@ -47,7 +47,7 @@ def giant(make_shards: MakeShards) -> Shards:
 
 def verifier(shards: Shards) -> Verifier:
     one, two = shards.on("s1"), shards.on("s2")
-    return Verifier(one, two, 1, 0, shards.tables, ALL, wait_replayed=lambda: None, on_rows=lambda rows: None)
+    return Verifier(one, two, 1, 0, shards.tables, ALL, wait_applied=lambda: None, on_rows=lambda rows: None)
 
 
 def rows_read(connection: Connection) -> int:

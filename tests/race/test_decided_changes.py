@@ -103,4 +103,4 @@ def decide_only(mover: Mover, row: TransferRow) -> None:
             change.claim(source, catalog.token or 0)
             names = fence.relations(source)
             fence.lock_all(source, names)
-            fence.close(source, names, proposal, row.source)
+            source.execute(fence.close(names, proposal, row.source))
