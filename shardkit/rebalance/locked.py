@@ -272,7 +272,7 @@ class LockedCopier:
         taking = run.probes.get(taker)
         giver_shape, taker_shape = shapes
         giving.execute(inspection.lock_shape(run.tables))
-        if inspection.shapes([giving], run.tables, run.row.id) != [giver_shape]:
+        if inspection.shape(giving, run.tables, run.row.id) != giver_shape:
             raise MoveWaiting("A table was altered during the step.")
         giving.execute(
             "SELECT set_config(name, setting, true) FROM unnest(%s::text[], %s::text[]) AS s (name, setting)",
@@ -283,7 +283,7 @@ class LockedCopier:
             if not fence.guard_newest(taking, run.topology().by_id[taker.id].fence):
                 raise CatalogBehind(shard=taker.name)
             taking.execute(inspection.lock_shape(run.tables))
-            if inspection.shapes([taking], run.tables, run.row.id) != [taker_shape]:
+            if inspection.shape(taking, run.tables, run.row.id) != taker_shape:
                 raise MoveWaiting("A table was altered during the step.")
             for table in run.tables:
                 if self._committed:  # by an attempt that ended before its decision

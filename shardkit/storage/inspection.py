@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from functools import lru_cache
+from typing import Any
 
-from psycopg import sql
+from psycopg import Cursor, sql
 
 from shardkit.core.topology import ShardedTable
 
@@ -126,15 +127,23 @@ def shapes(connections: Sequence[Connection], sharded: Sequence[ShardedTable], t
     that are equal say that nothing of the kind was committed between. Rewriting a table (VACUUM FULL, CLUSTER) changes
     it too.
     """
-    query = _shape(tuple(sharded), transfer)
     with at_once(*connections):
-        # Prepared, so that it is planned before a cutover asks it.
-        asked = [connection.execute(query, prepare=True) for connection in connections]
+        asked = [_ask_shape(connection, sharded, transfer) for connection in connections]
     return [str(only(answer)) for answer in asked]
 
 
+def shape(connection: Connection, sharded: Sequence[ShardedTable], transfer: int) -> str:
+    """The one of `shapes` on one server; also within a transaction that goes on (see `connections.at_once`)."""
+    return str(only(_ask_shape(connection, sharded, transfer)))
+
+
+def _ask_shape(connection: Connection, sharded: Sequence[ShardedTable], transfer: int) -> Cursor[Any]:
+    # Prepared, so that it is planned before a cutover asks it.
+    return connection.execute(_shape_query(tuple(sharded), transfer), prepare=True)
+
+
 @lru_cache(maxsize=64)
-def _shape(sharded: tuple[ShardedTable, ...], transfer: int) -> sql.Composed:
+def _shape_query(sharded: tuple[ShardedTable, ...], transfer: int) -> sql.Composed:
     names = [relation(table).as_string() for table in sharded]
     return sql.SQL(_SHAPE).format(
         tables=sql.Literal(names), triggers=sql.Literal(f"^zz_shardkit_{transfer}_")
