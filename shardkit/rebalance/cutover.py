@@ -174,8 +174,12 @@ class Cutover:
     def _running(self) -> _Running:
         """The replication as it runs before the fence is locked: `Postponed` if it does not. What is the same later has
         not stopped between."""
-        state = replication.copy_state(self._stream.subscriber, self._stream.name)
+        stream = self._stream
+        state = replication.copy_state(stream.subscriber, stream.name)
+        sender = replication.sender(stream.publisher, stream.name)
         if state is None or not state.enabled or state.ready != state.tables or state.applier is None:
+            raise Postponed("the subscription is not running")
+        if sender is None or sender.state != "streaming":  # from another server, perhaps
             raise Postponed("the subscription is not running")
         return _Running.of(state)
 

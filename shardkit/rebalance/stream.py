@@ -251,7 +251,8 @@ class Stream:
                 gone = time.monotonic()
                 self._point_to_publisher()
             self._run.track.update(lag_bytes=sender.lag_bytes if sender else None)
-            if self.state().has_applied(position):
+            state = self.state()
+            if sender is not None and state.has_applied(position):
                 self._waits.tell(None)
                 return time.monotonic() - started
             if time.monotonic() - started > 2:

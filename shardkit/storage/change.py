@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from shardkit.core.errors import (
     CatalogBehind,
@@ -352,6 +353,9 @@ class _Change:
             connection.execute(rename, prepare=False)
             if while_closed is not None:
                 while_closed(connection)
+            if connection.info.transaction_status is not TransactionStatus.INTRANS:
+                # What has failed is rolled back by COMMIT without a word, and would count as decided.
+                raise psycopg.OperationalError(f"The closing of shard {shard.name} was lost.")
 
     def finish(self, known: standbys.Known | None = None) -> None:
         """Open every shard that only gains, then record. ``known`` are the standbys that the closing shard had."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import LiteralString
 
 import psycopg
 from psycopg import sql
@@ -128,6 +129,11 @@ _NO_TABLE = (
     psycopg.errors.InvalidSchemaName,
     psycopg.errors.WrongObjectType,
 )
+# A process that hangs does not keep its lock.
+_ALONE: LiteralString = (
+    "SET LOCAL idle_in_transaction_session_timeout = '2s'; "
+    "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; "
+)
 _SET_ASIDE = (
     "SELECT definition, quote_ident(name) FROM shardkit.set_aside WHERE (schema, relation) = (%s, %s)"
 )
@@ -141,7 +147,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
     by any who reads it, before the snapshot is taken.
     """
     alone = connection.info.transaction_status is TransactionStatus.IDLE
-    snapshot = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; " if alone else ""
+    snapshot = _ALONE if alone else ""
     lock = sql.SQL(snapshot + "LOCK TABLE ONLY {} IN ACCESS SHARE MODE").format(relation(table))
     locked = False
     try:

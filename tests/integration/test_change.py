@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from uuid import uuid4
 
 import psycopg
@@ -231,6 +232,21 @@ def test_a_closing_that_its_server_ended_is_a_moment_that_was_not_found(make_sha
             change.apply(catalog, connections, _cut_over, while_closed=idle, ahead=True)
         assert (catalog.proposed(), catalog.current()) == (None, marked)
         assert change.apply(catalog, connections, _cut_over, ahead=True) == catalog.current()
+
+
+def test_an_error_that_a_hook_keeps_to_itself_decides_nothing(make_shards: MakeShards) -> None:
+    shards = make_shards(2)
+
+    def swallow(closed: Connection) -> None:
+        with suppress(psycopg.errors.DivisionByZero):
+            closed.execute("SELECT 1 / 0")
+
+    with shards.writer() as (catalog, connections):
+        marked = change.apply(catalog, connections, mark)
+        with pytest.raises(psycopg.OperationalError, match="s1 was lost"):
+            change.apply(catalog, connections, _cut_over, while_closed=swallow)
+        change.settle(catalog, connections)
+        assert (catalog.proposed(), catalog.current()) == (None, marked)
 
 
 def test_an_older_mover_can_decide_nothing_any_more(make_shards: MakeShards) -> None:
