@@ -82,8 +82,9 @@ class CopyState:
     def has_applied(self, position: str) -> bool:
         """Whether all that was committed on the source before a position of its WAL is applied, and to be seen.
 
-        Messages are applied one after the other, so it is when a later one has come: one from beyond the position. At
-        the position itself may be the end of a commit that has come and is not applied yet.
+        Messages are applied one after the other, and a worker begins where it, or one before it, ended: what was
+        received from beyond the position came after all of it. At the position itself may be the end of a commit that
+        has come and is not applied yet.
         """
         return self.received is not None and _bytes(self.received) > _bytes(position)
 
@@ -100,7 +101,6 @@ class SlotState:
 class Sender:
     """What the source tells of its walsender; ``lag_bytes`` is None while it knows no position."""
 
-    pid: int
     state: str
     lag_bytes: int | None
 
@@ -275,7 +275,7 @@ def _session(pid: int, user: str, application: str, age: float | None, query: st
 def sender(source: Connection, name: str) -> Sender | None:
     """The walsender of a subscription."""
     row = source.execute(
-        "SELECT pid, state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint "
+        "SELECT state, pg_wal_lsn_diff(pg_current_wal_insert_lsn(), replay_lsn)::bigint "
         "FROM pg_stat_replication WHERE application_name = %s",
         (name,),
     ).fetchone()

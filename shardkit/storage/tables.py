@@ -123,11 +123,12 @@ SELECT pg_get_indexdef(i.indexrelid), quote_ident(c.relname), starts_with(c.reln
 FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 WHERE i.indrelid = %(oid)s AND i.indisvalid
 """
-# What LOCK says of a name that is none's, or a foreign table's or a materialized view's.
-_NO_TABLE = (
+# What LOCK says of a name that is none's, or a foreign table's or a materialized view's, and to who may not read it.
+_NOT_LOCKED = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.InvalidSchemaName,
     psycopg.errors.WrongObjectType,
+    psycopg.errors.InsufficientPrivilege,
 )
 # A process that hangs does not keep its lock.
 _ALONE: LiteralString = (
@@ -144,7 +145,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
 
     Another transfer may set its indexes aside meanwhile, or put them back, and anybody may drop one; what is written
     out (pg_get_indexdef) is looked up as it is now, whatever a snapshot shows. So the table is locked against that, as
-    by any who reads it, before the snapshot is taken.
+    by any who reads it, before the snapshot is taken. Who may not read it goes without.
     """
     alone = connection.info.transaction_status is TransactionStatus.IDLE
     snapshot = _ALONE if alone else ""
@@ -155,7 +156,7 @@ def describe(connection: Connection, table: DeclaredTable) -> Table | None:
             connection.execute(lock, prepare=False)
             locked = True
             return _describe(connection, table)
-    except _NO_TABLE:
+    except _NOT_LOCKED:
         if locked:
             raise
     return _describe(connection, table)
@@ -174,6 +175,8 @@ def _describe(connection: Connection, table: DeclaredTable) -> Table | None:
     found_indexes = connection.execute(_INDEXES, {"oid": oid, "ours": OUR_INDEXES})
     deferrable_key = False
     for definition, name, ours, primary, replica_identity, immediate, names in found_indexes:
+        if definition is None:
+            continue  # dropped meanwhile, where the table could not be locked
         if not ours:  # else it stands on one server alone, for as long as a job runs
             indexes.add(definition.replace(f"INDEX {name} ON", "INDEX ON", 1))
         if primary and not immediate:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from uuid import uuid4
 
 import pytest
+from psycopg import sql
 
 from shardkit.core.topology import ShardedTable
 from shardkit.storage.connections import connect
@@ -58,6 +60,22 @@ def test_what_is_no_table(fresh_database: FreshDatabase) -> None:
             for schema, name in [("public", "missing"), ("missing", "t")]:
                 assert describe(connection, ShardedTable(schema, name, "id", "int")) is None
             connection.execute("BEGIN")
+
+
+def test_a_table_that_the_role_may_not_read(fresh_database: FreshDatabase) -> None:
+    role = sql.Identifier(f"role_{uuid4().hex[:12]}")
+    table = ShardedTable("public", "t", "id", "int")
+    with connect(fresh_database()) as connection:
+        connection.execute(PLAIN)
+        connection.execute("INSERT INTO public.t VALUES (1, 'one'); ANALYZE public.t")
+        expected = describe(connection, table)
+        connection.execute(sql.SQL("CREATE ROLE {}").format(role))
+        try:
+            connection.execute(sql.SQL("SET ROLE {}").format(role))
+            assert describe(connection, table) == expected
+        finally:
+            connection.execute("RESET ROLE")
+            connection.execute(sql.SQL("DROP ROLE {}").format(role))
 
 
 def test_indexes_that_come_and_go(fresh_database: FreshDatabase) -> None:
